@@ -1,0 +1,225 @@
+"""The shared nouns: interaction log, catalogue, users, data set, split, ranker, report.
+
+Columnar numpy arrays, read-only; ids are dense integers inside and strings outside. Nothing here knows a
+file format or a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from recollect.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas
+
+Clock = Literal["unix", "position"]
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """An interaction log, sorted by (user, time, row); arrays are read-only.
+
+    user: (N,) int64 in 0..n_users-1.  item: (N,) int64 in 0..n_items-1.  time: (N,) int64 Unix seconds (or the
+    position in the user's history where the source has no clock).  rating: (N,) float32, NaN = not rated.
+    domain: (N,) int16 index into `Dataset.domains`.  row: (N,) int64 position in the source, the last tie-break.
+    context: further columns, each (N, …).
+    """
+
+    user: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    rating: np.ndarray | None = None
+    domain: np.ndarray | None = None
+    row: np.ndarray | None = None
+    context: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.user)
+        for name in ("user", "item", "time", "rating", "domain", "row"):
+            column = getattr(self, name)
+            if column is None:
+                continue
+            if len(column) != n:
+                raise DataError(f"column {name!r} has {len(column)} rows where 'user' has {n}")
+            object.__setattr__(self, name, _frozen(column))
+        object.__setattr__(self, "context", {key: _frozen(value) for key, value in self.context.items()})
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def take(self, index: np.ndarray) -> Interactions:
+        """The rows `index` (positions or a boolean mask), in that order."""
+
+        def pick(column: np.ndarray | None) -> np.ndarray | None:
+            return None if column is None else column[index]
+
+        return Interactions(
+            user=self.user[index],
+            item=self.item[index],
+            time=self.time[index],
+            rating=pick(self.rating),
+            domain=pick(self.domain),
+            row=pick(self.row),
+            context={key: value[index] for key, value in self.context.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What is known of every item; row i describes item i.
+
+    item_ids, titles: (n_items,) object arrays of str.  domain: (n_items,) int16.  categories: one tuple of str per
+    item.  texts: (n_items,) object, str or None.  extra: further columns, each (n_items,).
+    """
+
+    item_ids: np.ndarray
+    titles: np.ndarray
+    domain: np.ndarray
+    categories: Sequence[tuple[str, ...]]
+    texts: np.ndarray
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+
+@dataclass(frozen=True)
+class Users:
+    """user_ids: (n_users,) object array of str.  attributes: further columns, each (n_users,)."""
+
+    user_ids: np.ndarray
+    attributes: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A log with its catalogue and users, and where they come from.
+
+    `meta` holds name, version, source, licence, clock ("unix" or "position") and, once computed, fingerprint.
+    """
+
+    name: str
+    interactions: Interactions
+    catalog: Catalog
+    users: Users
+    domains: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def n_items(self) -> int:
+        return len(self.catalog)
+
+    @property
+    def clock(self) -> Clock:
+        return self.meta.get("clock", "unix")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training rows and the cases to predict.
+
+    train: (N,) bool mask over the log.  case_row: (C,) row of each case's target.  A case's history is every
+    earlier row of the same user that the protocol allows (see `recollect.data.splits`).
+    """
+
+    train: np.ndarray
+    valid_row: np.ndarray
+    test_row: np.ndarray
+    rule: str
+    t_cut: int | None = None
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """Whoever scores items for a user: SASRec, a language model, a simulated user."""
+
+    def scores(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None) -> np.ndarray:
+        """Score candidates (B, C) (or every item, where None) given histories, oldest first; (B, C) float32."""
+        ...
+
+
+@dataclass
+class Report:
+    """What a run found; `report.json` in memory.
+
+    metrics: {name: {"value", "ci95": [low, high], "n"}}.  baselines: {name: {metric: {…}}}.  sections: everything
+    else a command stores for its page (tables, curves, samples), JSON values only.
+    """
+
+    kind: str
+    protocol: dict[str, Any]
+    metrics: dict[str, dict[str, Any]]
+    baselines: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    ledger: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    sections: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `report.json`."""
+        return {
+            "kind": self.kind,
+            "protocol": self.protocol,
+            "metrics": self.metrics,
+            "baselines": self.baselines,
+            "ledger": self.ledger,
+            "warnings": self.warnings,
+            **self.sections,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Report:
+        """Inverse of `to_json`."""
+        known = ("kind", "protocol", "metrics", "baselines", "ledger", "warnings")
+        return cls(
+            **{key: value[key] for key in known if key in value},
+            sections={key: item for key, item in value.items() if key not in known},
+        )
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per (who, metric) with value, low, high and n; needs pandas."""
+        import pandas
+
+        rows = [("run", metric, entry) for metric, entry in self.metrics.items()]
+        rows += [(who, metric, entry) for who, table in self.baselines.items() for metric, entry in table.items()]
+        return pandas.DataFrame(
+            [
+                {
+                    "who": who,
+                    "metric": metric,
+                    "value": entry["value"],
+                    "low": (entry.get("ci95") or [None, None])[0],
+                    "high": (entry.get("ci95") or [None, None])[1],
+                    "n": entry.get("n"),
+                }
+                for who, metric, entry in rows
+            ]
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.json` and `report.html` into `folder`, each atomically."""
+        from recollect.eval.report import render_html
+        from recollect.io import write_json, write_text
+
+        folder = Path(folder)
+        write_json(folder / "report.json", self.to_json())
+        write_text(folder / "report.html", render_html(self))
+        return folder
