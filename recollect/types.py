@@ -135,10 +135,13 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """Training rows and the cases to predict.
+    """Training rows and the cases to predict; every number is a row of the sorted log.
 
-    train: (N,) bool mask over the log.  case_row: (C,) row of each case's target.  A case's history is every
-    earlier row of the same user that the protocol allows (see `recollect.data.splits`).
+    train: (N,) bool, the rows a model may be fitted on before selection.  valid_row, test_row: (C,) int64, the first
+    target row of each case; `valid_end`, `test_end`: (C,) int64, one past its last target row (targets are
+    contiguous; one per case except under the target rule "all").  A case's history is every earlier row of the same
+    user (see `recollect.data.splits.history_bounds`).  t_cut: last time a model behind a test case may know
+    (None: the time of the case's own target); t_cut_valid: the same for validation cases.
     """
 
     train: np.ndarray
@@ -146,6 +149,16 @@ class Split:
     test_row: np.ndarray
     rule: str
     t_cut: int | None = None
+    t_cut_valid: int | None = None
+    valid_end: np.ndarray | None = None
+    test_end: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for row, end in (("valid_row", "valid_end"), ("test_row", "test_end")):
+            if getattr(self, end) is None:
+                object.__setattr__(self, end, getattr(self, row) + 1)
+        for name in ("train", "valid_row", "test_row", "valid_end", "test_end"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
 
 
 @runtime_checkable
