@@ -54,6 +54,10 @@ class BackboneConfigError(BackboneError):
     exit_code = 2
 
 
+class ContextTooLong(BackboneError):
+    """The prompt and the answer asked for do not fit the model's context; a shorter memory may."""
+
+
 class ServerAway(BackboneError):
     """A server stayed unreachable or sick past the patience; what was paid for is in the journal."""
 
