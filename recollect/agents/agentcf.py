@@ -136,7 +136,7 @@ class AgentCF:
         return self.questions.shown(item, self.item_memory(item).text)
 
     def group_lines(self, user: int, domain: int, now: int) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """(group name, recent titles), newest first, of the user's groups that show anything new in the domain.
+        """(group name, recent titles), newest first, of the user's first groups that show anything new in the domain.
 
         A title is printed once however many groups share it: repeating it costs tokens and tells nothing.
         """
@@ -148,6 +148,8 @@ class AgentCF:
             if fresh:
                 printed.update(fresh)
                 lines.append((group.name, tuple(self.questions.title(item) for item in fresh)))
+            if len(lines) == self.config.groups_read:
+                break
         return tuple(lines)
 
     def warm_start(self, rows: np.ndarray) -> None:
@@ -204,8 +206,14 @@ class AgentCF:
 
     # -- one training interaction
 
-    def training_step(self, number: int, row: int, negative: int, part: str) -> Step:
-        """Predict, compare with the log, reflect (§3.2-3.5)."""
+    def training_step(
+        self, number: int, row: int, negative: int, part: str, rehearsal: np.ndarray | None = None
+    ) -> Step:
+        """Predict, compare with the log, reflect (§3.2-3.5).
+
+        `rehearsal` (S,) is a slate with the real item: what memories say of it beforehand is recorded without any model
+        call, as further cases to fit the choice layer on.
+        """
         log = self.dataset.interactions
         user, item = int(log.user[row]), int(log.item[row])
         touches = (self._user(user), self._item(item), self._item(negative))
@@ -214,19 +222,23 @@ class AgentCF:
             number,
             touches,
             lambda: self._guarded(
-                self._train(number, row, negative, part),
+                self._train(number, row, negative, part, rehearsal),
                 "choice",
                 Recorder(self, number, user, domain, part),
                 [item, negative],
             ),
         )
 
-    def _train(self, number: int, row: int, negative: int, part: str) -> Steps:
+    def _train(self, number: int, row: int, negative: int, part: str, rehearsal: np.ndarray | None) -> Steps:
         log = self.dataset.interactions
         user, item, domain = int(log.user[row]), int(log.item[row]), int(self._domain[row])
         names = (self.user_id(user), row)
         real, other = self._shown(item), self._shown(negative)
         record = Recorder(self, number, user, domain, part)
+        if rehearsal is not None:
+            # Other items' memories may change in any order of steps, so a rehearsal reads the user's side alone.
+            evidence = self._memory_evidence(user, domain, int(log.time[row]), rehearsal, read_items=False)
+            record.rehearsal(rehearsal.tolist(), evidence)
         decision = yield from self._decide(user, domain, int(log.time[row]), real, other, names)
         record.decision("choice", decision, [item, negative], item if decision.right else negative)
         outcome = Outcome(domain, real, other, decision.right, decision.explanation)
@@ -368,7 +380,7 @@ class AgentCF:
         target = int(slates.target[case])
         memory = self._read_memory(user, domain, now, training=False)
         record = Recorder(self, number, user, domain, part)
-        evidence = self._memory_evidence(user, domain, now, slates.candidates[case])
+        evidence = self._memory_evidence(user, domain, now, slates.candidates[case], read_items=True)
         cost = yield from self._language_evidence(domain, memory, items, evidence)
         record.ranking(items, target, evidence, cost)
         if part == "test":
@@ -385,16 +397,19 @@ class AgentCF:
             record.rating(items[target], np.exp(answer.log_probs), self._cost(call, [answer]))
         return record.result()
 
-    def _memory_evidence(self, user: int, domain: int, now: int, candidates: np.ndarray) -> Evidence:
+    def _memory_evidence(
+        self, user: int, domain: int, now: int, candidates: np.ndarray, *, read_items: bool
+    ) -> Evidence:
         """What memories say of each candidate, without any call."""
         evidence = Evidence(len(candidates))
         private, fused = self.private(user, domain), self.fused(user, domain)
         if self.config.writer == "structured":
             evidence.put("private_memory", self.features.match(private.weights, candidates))
-            evidence.put(
-                "item_memory",
-                [evidence.audience(private.weights, self.item_memory(int(item)).weights) for item in candidates],
-            )
+            if read_items:
+                evidence.put(
+                    "item_memory",
+                    [evidence.audience(private.weights, self.item_memory(int(item)).weights) for item in candidates],
+                )
             if self.variant.fusion != "none":
                 evidence.put("fused_memory", self.features.match(fused.weights, candidates))
         else:

@@ -4,6 +4,7 @@ Defaults follow AgentCF++ (arXiv 2502.13843) where the paper or its code says so
 model elsewhere; each option says which.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,9 @@ class SimulateConfig:
     group_window: int = 5
     """Recent member interactions a group shows per domain (official code: 5)."""
 
+    groups_read: int = 3
+    """Groups whose recent interactions a prompt shows, best group first (paper: every group the user is in)."""
+
     update_negative: bool | None = None
     """Also write the negative item's memory; default: yes for AgentCF++ and its ablations, no for base AgentCF."""
 
@@ -128,6 +132,7 @@ class SimulateConfig:
             ("groups", 1),
             ("clusters", 2),
             ("group_window", 1),
+            ("groups_read", 1),
             ("candidates", 2),
             ("concurrency", 1),
             ("batch_size", 1),
@@ -136,6 +141,10 @@ class SimulateConfig:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
         if self.users is not None and self.users < 1:
             raise ConfigError(f"users must be at least 1, got {self.users!r}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a finite number, 0 or more, got {self.temperature!r}")
+        if not self.server_patience >= 0:
+            raise ConfigError(f"server_patience must be 0 or more seconds, got {self.server_patience!r}")
         if not 0 <= self.max_failed <= 1:
             raise ConfigError(f"max_failed must be a share between 0 and 1, got {self.max_failed!r}")
         if self.resume and self.overwrite:

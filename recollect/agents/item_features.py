@@ -20,6 +20,7 @@ from recollect.types import Catalog
 
 _WORD = re.compile(r"[^\W_]{3,}", re.UNICODE)
 _MAX_WORDS_OF_TEXT = 60
+SMALL_CATALOGUE = 50
 COMMON_SHARE = 0.25
 """A term that more than this share of a domain's items carry says nothing about taste there."""
 
@@ -56,7 +57,15 @@ class ItemFeatures:
             for title, categories, text in zip(catalog.titles, catalog.categories, catalog.texts, strict=True)
         ]
         documents = _without_common_terms(documents, np.asarray(catalog.domain), n_domains)
-        vectorizer = TfidfVectorizer(analyzer=_identity, min_df=2 if len(documents) > 50 else 1, dtype=np.float32)
+        documents = _without_rare_terms(documents)
+        if not any(documents):  # nothing but short words and stop words
+            nothing = np.zeros(0, dtype=object)
+            return cls(
+                scipy.sparse.csr_matrix((len(documents), 0), dtype=np.float32),
+                nothing,
+                np.zeros((n_domains, 0), dtype=bool),
+            )
+        vectorizer = TfidfVectorizer(analyzer=_identity, dtype=np.float32)
         matrix = vectorizer.fit_transform(documents).tocsr()
         matrix.sort_indices()
         in_domain = np.zeros((n_domains, matrix.shape[1]), dtype=bool)
@@ -107,6 +116,14 @@ def _without_common_terms(documents: list[list[str]], domain: np.ndarray, n_doma
         [term for term in terms if term not in common[index]]
         for terms, index in zip(documents, domain.tolist(), strict=True)
     ]
+
+
+def _without_rare_terms(documents: list[list[str]]) -> list[list[str]]:
+    """Without terms of a single item, unless nothing else describes it; small catalogues keep all."""
+    if len(documents) <= SMALL_CATALOGUE:
+        return documents
+    n_items = Counter(term for terms in documents for term in dict.fromkeys(terms))
+    return [[term for term in terms if n_items[term] > 1] or terms for terms in documents]
 
 
 def _identity(terms: list[str]) -> list[str]:

@@ -1,12 +1,15 @@
 """The fitted choice layer over agents' evidence, its ablations, and the scorers it is compared with.
 
-Everything is fitted on calibration cases, which lie before the test cases of every user, and judged on test cases.
+Two stages, both before any test case of any user. The first weighs memories, group views and text similarities on
+rehearsals (training rows before they were learned) and calibration cases; it needs no model calls, so its cases are many. The
+second adds what calls were paid for, the language model's evidence, and item memories, on calibration cases. The logistic
+yardstick is the first stage on scorers without agents: as many cases, no agent. Judged on test cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,13 +18,14 @@ from recollect.agents.observed import Observed
 from recollect.agents.plan import Plan
 from recollect.errors import InputError
 from recollect.eval.choice_layer import ChoiceLayer
-from recollect.eval.null_scorers import null_scores
+from recollect.eval.null_scorers import earlier_rows, null_scores
 from recollect.eval.slates import Slates
 from recollect.types import Dataset
 
 AGENT = "agent"
 LOGISTIC = "logistic-choice"
 LANGUAGE_ALONE = "language-model-alone"
+FIRST_STAGE = "memories-and-similarities"
 KNOWING = ("popularity", "tfidf-history", "bm25-history", "mf", "minilm-history", "minilm-closest")
 """Scorers without any agent that enter the layers as features."""
 
@@ -38,17 +42,17 @@ class Scored:
 
     agent: (C, S) choice probabilities (uncalibrated softmax where no layer could be fitted).
     rivals: {name: (C, S)} null scorers, the logistic model on them, the language model alone.
-    ablations: {name: (C, S)}.  layer: None where too few calibration cases were at hand, then `refused` says why.
+    ablations: {name: (C, S)}.  layers: the fitted stages, none where too few cases
+    were at hand; then `refused` says why.
     """
 
     agent: np.ndarray
     rivals: Mapping[str, np.ndarray]
     ablations: Mapping[str, np.ndarray]
-    layer: ChoiceLayer | None
+    layers: tuple[ChoiceLayer, ...]
     calibration_utility: np.ndarray
     test_utility: np.ndarray
     refused: str = ""
-    weights: Mapping[str, dict] = field(default_factory=dict)
 
 
 def history_before(dataset: Dataset, slates: Slates, first_row: Mapping[int, int]) -> list[np.ndarray]:
@@ -61,23 +65,32 @@ def history_before(dataset: Dataset, slates: Slates, first_row: Mapping[int, int
 
 def rival_scores(
     dataset: Dataset,
-    plan: Plan,
     slates: Slates,
     item_vectors: np.ndarray,
     memory_length: np.ndarray,
     *,
+    counted: np.ndarray,
+    one_by_one: bool,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Every scorer that is not an agent, on the same slates with the same histories."""
+    """Every scorer that is not an agent, on the same slates with the same histories.
+
+    Args:
+        counted: (N,) bool mask of the rows popularity and factors come from.
+        one_by_one: histories grow with every case (rehearsals) or stop before the user's first case (frozen agents).
+    """
     first_row: dict[int, int] = {}
     for user, row in zip(slates.user.tolist(), slates.row.tolist(), strict=True):
         first_row[user] = min(row, first_row.get(user, row))
-    histories = history_before(dataset, slates, first_row)
+    if one_by_one:
+        histories = earlier_rows(dataset.interactions, slates.row)
+    else:
+        histories = history_before(dataset, slates, first_row)
     scores = null_scores(
         slates,
         dataset,
         histories,
-        train_rows=plan.training_rows,
+        train_rows=counted,
         seed=seed,
         memory_length=memory_length,
         item_vectors=item_vectors,
@@ -111,29 +124,49 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
 def score_everybody(
     plan: Plan,
     observed: Observed,
+    rehearsal_rivals: Mapping[str, np.ndarray],
     calibration_rivals: Mapping[str, np.ndarray],
     test_rivals: Mapping[str, np.ndarray],
     *,
     seed: int,
 ) -> Scored:
-    """Fit the layer on calibration cases, the same without each part, and the logistic yardstick."""
+    """Fit both stages, the same without each part, and the logistic yardstick."""
     evidence = tuple(observed.test.evidence)
     language = next(name for name in LANGUAGE if name in evidence)
     alone = observed.test.evidence[language]
     rivals = {**test_rivals, LANGUAGE_ALONE: alone}
+    rehearsed = tuple(name for name in evidence if name in observed.rehearsal)
+    paid_for = tuple(name for name in evidence if name not in observed.rehearsal)
+    target = np.concatenate([plan.rehearsal.target, plan.calibration.target])
+    users = np.concatenate([plan.rehearsal.user, plan.calibration.user])
 
-    def fit(names: Sequence[str]) -> tuple[ChoiceLayer, np.ndarray, np.ndarray]:
-        train = _table(observed.calibration.evidence, calibration_rivals, names)
-        test = _table(observed.test.evidence, test_rivals, names)
-        layer = ChoiceLayer.fit(train, plan.calibration.target, plan.calibration.user, names, seed=seed)
-        return layer, layer.utilities(train), layer.utilities(test)
+    def first_stage(names: Sequence[str]) -> tuple[ChoiceLayer, np.ndarray, np.ndarray]:
+        fitted_on = np.concatenate(
+            [
+                _table(observed.rehearsal, rehearsal_rivals, names),
+                _table(observed.calibration.evidence, calibration_rivals, names),
+            ]
+        )
+        layer = ChoiceLayer.fit(fitted_on, target, users, names, seed=seed)
+        utility = layer.utilities(fitted_on)[len(plan.rehearsal) :]
+        return layer, utility, layer.utilities(_table(observed.test.evidence, test_rivals, names))
 
-    all_names = (*KNOWING, *evidence)
+    def both_stages(dropped: Sequence[str] = ()) -> tuple[list[ChoiceLayer], np.ndarray, np.ndarray]:
+        free = [name for name in (*KNOWING, *rehearsed) if name not in dropped]
+        paid = [name for name in paid_for if name not in dropped]
+        layer, before, after = first_stage(free)
+        if not paid:
+            return [layer], before, after
+        columns = ((before, observed.calibration.evidence), (after, observed.test.evidence))
+        train, held_out = (np.stack([utility, *(table[name] for name in paid)], axis=-1) for utility, table in columns)
+        second = ChoiceLayer.fit(train, plan.calibration.target, plan.calibration.user, (FIRST_STAGE, *paid), seed=seed)
+        return [layer, second], second.utilities(train), second.utilities(held_out)
+
     try:
-        layer, calibration_utility, test_utility = fit(all_names)
-        rivals[LOGISTIC] = _softmax(fit(KNOWING)[2])
+        layers, calibration_utility, test_utility = both_stages()
+        rivals[LOGISTIC] = _softmax(first_stage(KNOWING)[2])
         ablations = {
-            name: _softmax(fit([feature for feature in all_names if feature not in dropped])[2])
+            name: _softmax(both_stages(dropped)[2])
             for name, dropped in ABLATIONS.items()
             if any(feature in evidence for feature in dropped)
         }
@@ -142,7 +175,7 @@ def score_everybody(
             agent=_softmax(alone),
             rivals=rivals,
             ablations={},
-            layer=None,
+            layers=(),
             calibration_utility=observed.calibration.evidence[language],
             test_utility=alone,
             refused=f"the choice layer was not fitted, so the agents are scored by the language model alone: {error}",
@@ -151,8 +184,7 @@ def score_everybody(
         agent=_softmax(test_utility),
         rivals=rivals,
         ablations=ablations,
-        layer=layer,
+        layers=tuple(layers),
         calibration_utility=calibration_utility,
         test_utility=test_utility,
-        weights=layer.coefficient_entries(),
     )

@@ -1,7 +1,7 @@
 """Retrieval over agents' memories: the protocol, and the exact index that every other one must agree with.
 
-A retrieval index is derived: it can be rebuilt from the journal at any time, and no result depends on which index
-answered. Similarities are cosines rounded to six decimals and ties go to the smaller id, so that the last bits of a
+A retrieval index is derived: it can be rebuilt from the journal at any time. Queries with a filter give the same hits
+whichever index answers; without one an approximate store may miss a row (see its module). Similarities are cosines rounded to six decimals and ties go to the smaller id, so that the last bits of a
 matrix product, or of a store that renormalises vectors, cannot change an order.
 """
 
@@ -171,6 +171,10 @@ class ExactIndex:
 
     def close(self) -> None:
         self._collections.clear()
+
+    def dimension(self, collection: str) -> int:
+        """Length of the vectors of a collection that exists."""
+        return self._collections[collection].vectors.shape[1]
 
     def contents(self) -> dict[str, list[IndexRow]]:
         """Every collection's rows, in the order they first came."""

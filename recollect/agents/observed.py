@@ -29,10 +29,12 @@ class Acts:
 class Observed:
     """Everything validation needs of a run's events.
 
+    rehearsal: {name: (T, S)} evidence on training slates, in the order of `plan.rehearsal`; rows never reached are 0.
     training: p(real item) of each training decision in step order (1 or 0 where a generated choice has none).
     training_user: (T,) dense user of each.  failed: events with unusable model output, by kind.
     """
 
+    rehearsal: Mapping[str, np.ndarray]
     calibration: Acts
     test: Acts
     training: np.ndarray
@@ -47,6 +49,9 @@ def observe(events: Iterable[Mapping[str, Any]], plan: Plan, user_index: Mapping
     evidence: dict[str, dict[str, np.ndarray]] = {"calibrate": {}, "test": {}}
     pair = {part: np.full((len(slates), 2), np.nan) for part, slates in sizes.items()}
     stars = {part: np.full((len(slates), 5), np.nan) for part, slates in sizes.items()}
+    place_of_row = {row: place for place, row in enumerate(plan.rehearsal.row.tolist())}
+    row_of = {step.number: step.index for step in plan.steps if step.kind == "train"}
+    rehearsal: dict[str, np.ndarray] = {}
     training: list[float] = []
     training_user: list[int] = []
     failed: dict[str, int] = {}
@@ -67,11 +72,20 @@ def observe(events: Iterable[Mapping[str, Any]], plan: Plan, user_index: Mapping
                 pair[part][case, : len(event["log_odds"])] = event["log_odds"]
             elif kind == "rate":
                 stars[part][case] = event["stars"]
+        elif kind == "rank":
+            for name, column in event["evidence"].items():
+                table = rehearsal.setdefault(name, np.zeros(plan.rehearsal.candidates.shape))
+                table[place_of_row[row_of[event["step"]]]] = column
         elif kind == "choice":
             right = event["decision"] == event["items"][0]
             training.append(float(right) if event["probability"] is None else event["probability"])
             training_user.append(user_index[event["user"]])
     acts = {part: Acts(evidence[part], pair[part], stars[part]) for part in sizes}
     return Observed(
-        acts["calibrate"], acts["test"], np.array(training), np.array(training_user, dtype=np.int64), failed
+        rehearsal=rehearsal,
+        calibration=acts["calibrate"],
+        test=acts["test"],
+        training=np.array(training),
+        training_user=np.array(training_user, dtype=np.int64),
+        failed=failed,
     )

@@ -38,14 +38,18 @@ class Plan:
     """A run before it runs.
 
     negatives: row of the log -> the item the real one is compared with in training.
+    rehearsal: a slate per training row, scored without any model call before the row is learned.
     training_rows: (N,) bool mask of the rows any scorer may count: all but the simulated users' held-out ones.
+    background_rows: (N,) bool mask of those that scorers of rehearsals may count: not the simulated training rows either.
     """
 
     population: Population
+    rehearsal: Slates
     calibration: Slates
     test: Slates
     negatives: dict[int, int]
     training_rows: np.ndarray
+    background_rows: np.ndarray
     steps: tuple[PlannedStep, ...]
 
     def count(self, kind: Kind) -> int:
@@ -83,6 +87,8 @@ def make_plan(dataset: Dataset, config: SimulateConfig) -> Plan:
     log = dataset.interactions
     training_rows = np.ones(len(log), dtype=bool)
     training_rows[population.held_out] = False
+    background_rows = training_rows.copy()
+    background_rows[population.training] = False
     slates = [
         sample_slates(
             log,
@@ -92,9 +98,13 @@ def make_plan(dataset: Dataset, config: SimulateConfig) -> Plan:
             size=config.candidates,
             matching=config.matching,
             seed=config.seed,
-            train_rows=training_rows,
+            train_rows=counted,
         )
-        for rows in (population.calibration, population.test)
+        for rows, counted in (
+            (population.training, background_rows),
+            (population.calibration, training_rows),
+            (population.test, training_rows),
+        )
     ]
     negatives = draw_negatives(
         dataset,
@@ -104,7 +114,12 @@ def make_plan(dataset: Dataset, config: SimulateConfig) -> Plan:
         seed=config.seed,
     )
     return Plan(
-        population, slates[0], slates[1], negatives, training_rows, lay_out(population, len(slates[0]), len(slates[1]))
+        population,
+        *slates,
+        negatives,
+        training_rows,
+        background_rows,
+        lay_out(population, len(slates[1]), len(slates[2])),
     )
 
 

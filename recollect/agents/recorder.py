@@ -117,6 +117,10 @@ class Recorder:
             evidence=evidence.to_json(),
         )
 
+    def rehearsal(self, items: Sequence[int], evidence: Evidence) -> None:
+        """What memories said of a training slate before the truth was learned; nothing was asked or decided."""
+        self._event("rank", items, Cost(), evidence=evidence.to_json())
+
     def rating(self, item: int, probabilities: np.ndarray, cost: Cost) -> None:
         """Probabilities of one to five stars."""
         expected = float(probabilities @ np.arange(1, 6))

@@ -66,13 +66,17 @@ def ablations(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def weights(coefficients: Mapping[str, Mapping[str, Any]], knowing: Sequence[str]) -> dict[str, Any]:
-    """Coefficients of the choice layer."""
+def weights(coefficients: Mapping[str, Mapping[str, Any]], stage: int) -> dict[str, Any]:
+    """Coefficients of a stage of the choice layer."""
+    notes = {
+        1: "Fitted on rehearsals and calibration cases; needs no model call.",
+        2: "Fitted on calibration cases: what the first stage says, and what model calls were paid for.",
+    }
     names = sorted(coefficients, key=lambda name: -abs(coefficients[name]["value"]))
     return {
         "kind": "intervals",
-        "title": "What the fitted choice layer goes by",
-        "note": f"Log-odds per standard deviation. Not from agents: {', '.join(knowing)}.",
+        "title": f"What the fitted choice layer goes by, stage {stage}",
+        "note": notes[stage],
         "labels": names,
         "values": [coefficients[name]["value"] for name in names],
         "low": [coefficients[name]["ci95"][0] for name in names],
@@ -143,8 +147,9 @@ def truth_panel(dataset: Dataset, test: Slates, agent: np.ndarray, *, seed: int)
             for user, candidates, time in zip(test.user, test.candidates, test.time, strict=True)
         ]
     )
-    divergence = (truth * (np.log(truth) - np.log(np.maximum(agent, 1e-12)))).sum(axis=1)
-    uniform = (truth * np.log(truth * test.size)).sum(axis=1)
+    log_truth = np.log(np.maximum(truth, 1e-300))  # a certain choice leaves zeros, which add nothing
+    divergence = (truth * (log_truth - np.log(np.maximum(agent, 1e-12)))).sum(axis=1)
+    uniform = (truth * (log_truth + np.log(test.size))).sum(axis=1)
     ceiling = ranking_table(truth, test)["ranking/mrr"]
 
     def mean(values: np.ndarray) -> dict[str, Any]:
@@ -181,8 +186,8 @@ def learning_panels(
                 "title": "Training decisions: probability given to the real item",
                 "x": list(range(1, len(curve) + 1)),
                 "series": {"agents": [point.value for point in curve]},
-                "low": {"agents": [point.low for point in curve]},
-                "high": {"agents": [point.high for point in curve]},
+                "low": {"agents": [_defined(point.low) for point in curve]},
+                "high": {"agents": [_defined(point.high) for point in curve]},
                 "x_label": "tenth of the training interactions",
                 "y_label": "p(real item)",
             }
@@ -206,6 +211,11 @@ def learning_panels(
     if sameness:
         shown.append(sameness)
     return shown
+
+
+def _defined(value: float) -> float | None:
+    """JSON has no NaN: an interval of too few users is left out of the plot."""
+    return None if np.isnan(value) else value
 
 
 def memory_samples(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ from recollect.agents.validation import validate
 from recollect.agents.writers import LlmWriter, StructuredWriter, Writer
 from recollect.backbones.journaled import Journaled, Replay
 from recollect.backbones.protocol import Backbone
-from recollect.config import run_manifest, to_dict
+from recollect.backbones.resolve import parse_model_name
+from recollect.config import build, run_manifest, to_dict
 from recollect.data import fingerprint, load_dataset
 from recollect.errors import InputError, ReplayMismatch, TooManyFailures
 from recollect.eval.report import rebuild
@@ -72,12 +73,16 @@ def simulate(
         InputError: bad data or options.  ServerAway: a model server stayed away; resume later.
         TooManyFailures: more than `max_failed` of the steps had unusable model output.
     """
-    config = SimulateConfig(
-        data=data.name if isinstance(data, Dataset) else str(data),
-        backbone=backbone if isinstance(backbone, str) else "object",
-        embedder=embedder if isinstance(embedder, str) else "object",
-        **options,
-    )
+    given = {
+        "data": data.name if isinstance(data, Dataset) else str(data),
+        "backbone": backbone if isinstance(backbone, str) else "object",
+        "embedder": embedder if isinstance(embedder, str) else "object",
+    }
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    config = build(SimulateConfig, {**given, **named}, "the options of simulate")
+    for name in (backbone, embedder):
+        if isinstance(name, str):
+            parse_model_name(name)  # a misspelt name is refused before data is read and a folder made
     progress = progress or SilentProgress()
     if config.replay:
         return replay(config.replay, progress=progress, dataset=data if isinstance(data, Dataset) else None)
@@ -203,8 +208,11 @@ def _simulate(
     progress.stage("simulating", len(steps))
     progress.advance(journal.n_committed)
     run_steps(steps, model, journal, on_progress=progress.advance)
-    failed = journal.count_events(ok=False)
+    failed = 0
+    if journal.count_events(ok=False):
+        failed = len({event["step"] for event in journal.events() if not event["ok"]})
     if failed > config.max_failed * len(steps):
+        journal.export_events(folder / EVENTS_FILE)
         raise TooManyFailures(
             f"{failed} of {len(steps)} steps had unusable model output, more than --max-failed "
             f"{config.max_failed:g}; see the events with ok=false in {folder / EVENTS_FILE}"
@@ -229,7 +237,12 @@ def _open_recall(
     log = dataset.interactions
     simulated = np.isin(log.user, plan.population.users)
     items = np.unique(
-        np.concatenate([log.item[simulated], plan.calibration.candidates.ravel(), plan.test.candidates.ravel()])
+        np.concatenate(
+            [
+                log.item[simulated],
+                *(slates.candidates.ravel() for slates in (plan.rehearsal, plan.calibration, plan.test)),
+            ]
+        )
     )
     vectors = model.embed([questions.item_text(int(item)) for item in items])
     rows = {int(item): row for row, item in enumerate(items)}
@@ -247,14 +260,15 @@ def _open_recall(
 
 def _steps(agents: AgentCF, plan: Plan) -> list[Step]:
     users = plan.population.users.tolist()
+    rehearsals = dict(zip(plan.rehearsal.row.tolist(), plan.rehearsal.candidates, strict=True))
     upcoming = plan.moments_of_rebuilds(agents.dataset)
     steps = []
     for planned in plan.steps:
         match planned.kind:
             case "train" | "learn":
-                steps.append(
-                    agents.training_step(planned.number, planned.index, plan.negatives[planned.index], planned.kind)
-                )
+                row = planned.index
+                slate = rehearsals.get(row) if planned.kind == "train" else None
+                steps.append(agents.training_step(planned.number, row, plan.negatives[row], planned.kind, slate))
             case "rebuild":
                 steps.append(agents.rebuild_step(planned.number, users, upcoming[planned.number]))
             case "calibrate":

@@ -14,7 +14,7 @@ import numpy as np
 from recollect.agents import report_panels as panels
 from recollect.agents.agentcf import AgentCF
 from recollect.agents.config import SimulateConfig
-from recollect.agents.layers import AGENT, KNOWING, Scored, rival_scores, score_everybody
+from recollect.agents.layers import AGENT, Scored, rival_scores, score_everybody
 from recollect.agents.observed import Observed, observe
 from recollect.agents.plan import Plan
 from recollect.agents.ratings import Ratings, simulate_ratings
@@ -55,8 +55,20 @@ def validate(
     vectors = agents.recall.dense_vectors(dataset.n_items)
     length = np.array([len(agents.item_memory(item).text) for item in range(dataset.n_items)], dtype=float)
     rivals = [
-        rival_scores(dataset, plan, slates, vectors, length[slates.candidates], seed=config.seed)
-        for slates in (plan.calibration, plan.test)
+        rival_scores(
+            dataset,
+            slates,
+            vectors,
+            length[slates.candidates],
+            counted=counted,
+            one_by_one=slates is plan.rehearsal,
+            seed=config.seed,
+        )
+        for slates, counted in (
+            (plan.rehearsal, plan.background_rows),
+            (plan.calibration, plan.training_rows),
+            (plan.test, plan.training_rows),
+        )
     ]
     scored = score_everybody(plan, observed, *rivals, seed=config.seed)
     report = Report("simulate", _protocol(config, dataset, plan, scored), {})
@@ -79,7 +91,7 @@ def validate(
         report.warnings.append(f"ratings (M4) are not reported: {ratings}")
     shown += _distributions(report, dataset, plan, scored, accepted, ratings, config.seed)
 
-    findings = audit(rivals[1], plan.test)
+    findings = audit(rivals[2], plan.test)
     report.warnings += [finding.text for finding in findings]
     report.sections["audit"] = [
         {"scorer": finding.scorer, "metric": finding.metric, "value": finding.value, "z": finding.z}
@@ -125,7 +137,11 @@ def _protocol(config: SimulateConfig, dataset: Dataset, plan: Plan, scored: Scor
         "ties": "expectation",
         "history": "everything before the user's first test row, for every scorer",
         "popularity": "training rows of all users",
-        "fitted_on": "calibration cases" if scored.layer else "nothing (too few calibration cases)",
+        "fitted_on": (
+            f"{len(plan.rehearsal)} rehearsals and {len(plan.calibration)} calibration cases"
+            if scored.layers
+            else "nothing (too few cases)"
+        ),
         "intervals": "95 % percentile bootstrap over users",
         "seed": config.seed,
     }
@@ -166,9 +182,9 @@ def _rank(report: Report, shown: list[dict[str, Any]], test: Slates, scored: Sco
             for name, part in parts.items()
         }
         shown.append(panels.ablations(report.sections["ablations"]))
-    if scored.layer is not None:
-        report.sections["choice_layer"] = scored.layer.to_json()
-        shown.append(panels.weights(scored.weights, KNOWING))
+    if scored.layers:
+        report.sections["choice_layer"] = [layer.to_json() for layer in scored.layers]
+        shown += [panels.weights(layer.coefficient_entries(), stage) for stage, layer in enumerate(scored.layers, 1)]
     target = np.zeros(scored.agent.shape, dtype=bool)
     target[np.arange(len(test)), test.target] = True
     shown.append(

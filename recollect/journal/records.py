@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recollect.errors import JournalError
 from recollect.io import canonical_json
 
 
@@ -106,6 +107,28 @@ def checksum(key: str, content: bytes) -> int:
 def step_digest(lines: Sequence[str]) -> str:
     """Hex SHA-256 over a step's event lines."""
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+StepRows = tuple[str, list[tuple[int, int, str, int, str]], list[tuple[bytes, bytes, int, bytes]]]
+
+
+def step_rows(step: StepCommit) -> StepRows:
+    """A step as rows: its digest, its events, its memory writes.
+
+    Raises:
+        JournalError: an event does not name the step and a kind.
+    """
+    lines = []
+    for event in step.events:
+        if event.get("step") != step.number or not isinstance(event.get("kind"), str):
+            raise JournalError(f"an event of step {step.number} must hold that step and a kind, got {event!r:.200}")
+        lines.append(stored_json(event))
+    events = [
+        (step.number, position, event["kind"], int(bool(event.get("ok", True))), line)
+        for position, (event, line) in enumerate(zip(step.events, lines, strict=True))
+    ]
+    writes = [(to_bytes(write.owner), to_bytes(write.key), step.number, to_bytes(write.text)) for write in step.memory]
+    return step_digest(lines), events, writes
 
 
 def rolled(digest: str, next_step: str) -> str:

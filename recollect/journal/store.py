@@ -24,22 +24,21 @@ from recollect.journal.lock import WriterLock
 from recollect.journal.records import (
     Failure,
     MemoryRow,
-    MemoryWrite,
     RecordedCall,
     RecordedText,
     StepCommit,
+    StepRows,
     checksum,
     differences,
     from_bytes,
     rolled,
-    step_digest,
+    step_rows,
     stored_json,
     to_bytes,
 )
 from recollect.journal.schema import prepare
 
 Decoded = TypeVar("Decoded")
-StepRows = tuple[str, list[tuple[int, int, str, int, str]], list[tuple[bytes, bytes, int, bytes]]]
 
 _SIDE_FILES = ("", "-wal", "-shm")
 _NO_STEP = -1
@@ -298,7 +297,7 @@ class Journal:
         for step in steps:
             if step.number < 0 or self.has_step(step.number) or step.number in fresh:
                 raise JournalError(f"step {step.number!r} cannot be committed to {self.path}: it was, or is negative")
-            fresh[step.number] = _step_rows(step)
+            fresh[step.number] = step_rows(step)
         last_step, digest = self.last_step, self._digest
         while (
             reached := fresh[last_step + 1][0] if last_step + 1 in fresh else self._ahead.get(last_step + 1)
@@ -407,21 +406,3 @@ class Journal:
     def close(self) -> None:
         """Store the counters, fold the write-ahead log into the file and let others write; safe to call twice."""
         self._database.close()
-
-
-def _step_rows(step: StepCommit) -> StepRows:
-    lines = []
-    for event in step.events:
-        if event.get("step") != step.number or not isinstance(event.get("kind"), str):
-            raise JournalError(f"an event of step {step.number} must hold that step and a kind, got {event!r:.200}")
-        lines.append(stored_json(event))
-    events = [
-        (step.number, position, event["kind"], int(bool(event.get("ok", True))), line)
-        for position, (event, line) in enumerate(zip(step.events, lines, strict=True))
-    ]
-    writes = [_memory_row(step.number, write) for write in step.memory]
-    return step_digest(lines), events, writes
-
-
-def _memory_row(number: int, write: MemoryWrite) -> tuple[bytes, bytes, int, bytes]:
-    return to_bytes(write.owner), to_bytes(write.key), number, to_bytes(write.text)

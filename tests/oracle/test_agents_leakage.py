@@ -71,7 +71,8 @@ def future_titles(played, dataset, kinds):
     ids = {str(name): at for at, name in enumerate(dataset.catalog.item_ids)}
     candidates = {}
     for event in played.events:
-        candidates.setdefault(event["step"], set()).update(ids[name] for name in event["items"])
+        if event["kind"] == "choice" or event["part"] != "train":  # what a rehearsal scores is shown to no model
+            candidates.setdefault(event["step"], set()).update(ids[name] for name in event["items"])
     found, looked_at = [], 0
     for number, call in played.prompts:
         if played.kind_of(number) not in kinds:

@@ -24,7 +24,7 @@ from recollect.backbones.server import ServerBackbone
 from recollect.backbones.store import EMBEDDED, model_folder
 from recollect.rng import stream
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 N_PROMPTS = 60

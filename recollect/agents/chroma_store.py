@@ -1,0 +1,233 @@
+"""Rows in and out of one Chroma client, and the check of a store that a child process runs before we open it.
+
+Collections are named by a hash, since Chroma allows few characters; their metadata keep the real name. Vectors are
+always ours (Chroma's own embedding function would fetch a model). Every row carries a digest of its text, metadata
+and vector, so a store can be compared with the source of truth without reading vectors.
+Run as `python -m recollect.agents.chroma_store FOLDER NAMESPACE`: prints the summary of an embedded store as JSON, or
+dies as the store makes it die.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recollect.agents.memory_index import Hit, IndexRow, Scalar, most_similar, unit_rows
+from recollect.errors import DataError, RecollectError
+from recollect.io import canonical_json, sha256_text
+
+if TYPE_CHECKING:
+    from chromadb.api import ClientAPI
+
+PAGE = 1000
+OVERSAMPLING = 4
+SEARCHED_AT_LEAST = 256
+ROW_DIGEST = "recollect_row"
+NAME, NAMESPACE = "recollect_collection", "recollect_namespace"
+
+Summary = dict[str, tuple[int, str]]
+
+
+class StoreBroken(RecollectError):
+    """The store answers, but not with what was put in."""
+
+
+def embedded_client(folder: Path) -> ClientAPI:
+    """A client of the store in `folder`; sends no telemetry."""
+    import chromadb
+    from chromadb.config import Settings
+
+    return chromadb.PersistentClient(path=str(folder), settings=Settings(anonymized_telemetry=False))
+
+
+def server_client(host: str, port: int, *, ssl: bool) -> ClientAPI:
+    """A client of a Chroma server; sends no telemetry."""
+    import chromadb
+    from chromadb.config import Settings
+
+    return chromadb.HttpClient(host=host, port=port, ssl=ssl, settings=Settings(anonymized_telemetry=False))
+
+
+def row_digest(row: IndexRow, vector: np.ndarray) -> str:
+    """Hex digest of everything a row holds; `vector` is its float32 unit vector."""
+    digest = hashlib.sha256(canonical_json([row.id, row.text, dict(row.metadata)]).encode("utf-8", "surrogatepass"))
+    digest.update(vector.tobytes())
+    return digest.hexdigest()
+
+
+def summary_of(contents: Mapping[str, Sequence[IndexRow]]) -> Summary:
+    """{collection: (rows, digest)} of rows in memory; empty collections are left out."""
+    return {
+        name: _summed(map(row_digest, rows, unit_rows(np.stack([row.vector for row in rows]))))
+        for name, rows in contents.items()
+        if rows
+    }
+
+
+def _summed(digests: Iterator[str]) -> tuple[int, str]:
+    ordered = sorted(digests)
+    return len(ordered), sha256_text("".join(ordered))
+
+
+class ChromaStore:
+    """Our collections in one client. Raises whatever Chroma raises, and `StoreBroken`."""
+
+    def __init__(self, client: ClientAPI, namespace: str, sync_threshold: int = 1000) -> None:
+        self._client = client
+        self._namespace = namespace
+        self._sync_threshold = sync_threshold
+        self._handles: dict[str, Any] = {}
+
+    def _handle(self, collection: str) -> Any:
+        if collection not in self._handles:
+            self._handles[collection] = self._client.get_or_create_collection(
+                f"recollect-{sha256_text(self._namespace + chr(31) + collection)[:32]}",
+                embedding_function=None,
+                metadata={NAME: collection, NAMESPACE: self._namespace},
+                configuration={
+                    "hnsw": {
+                        "space": "cosine",
+                        "ef_construction": 200,
+                        "ef_search": 200,
+                        "max_neighbors": 32,
+                        "sync_threshold": self._sync_threshold,
+                    }
+                },
+            )
+        return self._handles[collection]
+
+    def upsert(self, collection: str, rows: Sequence[IndexRow]) -> None:
+        """Write rows in pages; a row is whole or absent, a call is not."""
+        vectors = unit_rows(np.stack([np.asarray(row.vector) for row in rows]))
+        for start in range(0, len(rows), PAGE):
+            page = rows[start : start + PAGE]
+            self._handle(collection).upsert(
+                ids=[row.id for row in page],
+                embeddings=vectors[start : start + PAGE],
+                documents=[row.text.encode("utf-8", "replace").decode() for row in page],
+                metadatas=[
+                    {**row.metadata, ROW_DIGEST: row_digest(row, vectors[start + place])}
+                    for place, row in enumerate(page)
+                ],
+            )
+
+    def query(
+        self, collection: str, queries: np.ndarray, k: int, where: Mapping[str, Scalar] | None, n_rows: int
+    ) -> list[list[Hit]]:
+        """Hits of (B, D) unit queries, re-ranked exactly from the stored vectors.
+
+        With a filter, or where the graph search comes back short, every matching row is compared; otherwise the
+        nearest max(4 k, 256) by the graph are, which may miss one in larger collections.
+
+        Args:
+            n_rows: how many rows the collection must hold.
+
+        Raises:
+            StoreBroken: it holds another number.
+        """
+        handle = self._handle(collection)
+        if handle.count() != n_rows:
+            raise StoreBroken(f"collection {collection!r} holds {handle.count()} rows instead of {n_rows}")
+        if where:
+            condition = {name: value for name, value in where.items()}
+            if len(condition) > 1:
+                condition = {"$and": [{name: value} for name, value in where.items()]}
+            ids, rows = self._all_rows(handle, condition)
+            return [most_similar(ids, rows, query, k) for query in queries]
+        wanted = min(n_rows, max(OVERSAMPLING * k, SEARCHED_AT_LEAST))
+        found = handle.query(query_embeddings=queries, n_results=wanted, include=["embeddings"])
+        if any(len(ids) < wanted for ids in found["ids"]):
+            ids, rows = self._all_rows(handle, None)
+            return [most_similar(ids, rows, query, k) for query in queries]
+        return [
+            most_similar(ids, unit_rows(np.asarray(rows)), query, k)
+            for ids, rows, query in zip(found["ids"], found["embeddings"], queries, strict=True)
+        ]
+
+    @staticmethod
+    def _all_rows(handle: Any, where: Any) -> tuple[list[str], np.ndarray]:
+        ids: list[str] = []
+        parts: list[np.ndarray] = []
+        while True:
+            page = handle.get(where=where, limit=PAGE, offset=len(ids), include=["embeddings"])
+            if not page["ids"]:
+                break
+            ids += page["ids"]
+            parts.append(np.asarray(page["embeddings"]))
+        return ids, unit_rows(np.concatenate(parts)) if parts else np.zeros((0, 1), dtype=np.float32)
+
+    def delete(self, collection: str, ids: Sequence[str]) -> None:
+        """Forget rows."""
+        for start in range(0, len(ids), PAGE):
+            self._handle(collection).delete(ids=list(ids[start : start + PAGE]))
+
+    def _ours(self) -> Iterator[tuple[str, Any]]:
+        for found in self._client.list_collections():
+            metadata = found.metadata or {}
+            if metadata.get(NAMESPACE) == self._namespace:
+                yield str(metadata[NAME]), self._client.get_collection(found.name, embedding_function=None)
+
+    def drop_all(self) -> None:
+        """Delete every collection of the namespace."""
+        for _, handle in list(self._ours()):
+            self._client.delete_collection(handle.name)
+        self._handles.clear()
+
+    def summary(self) -> Summary:
+        """What is stored; compare with `summary_of`.
+
+        Raises:
+            StoreBroken: the graph does not reach every row, or a stored vector is not a unit vector.
+        """
+        held: Summary = {}
+        for name, handle in self._ours():
+            ids: list[str] = []
+            digests: list[str] = []
+            first = None
+            while True:
+                page = handle.get(limit=PAGE, offset=len(ids), include=["metadatas", "embeddings"])
+                if not page["ids"]:
+                    break
+                ids += page["ids"]
+                digests += [str(metadata[ROW_DIGEST]) for metadata in page["metadatas"]]
+                vectors = np.asarray(page["embeddings"], dtype=np.float64)
+                squares = (vectors * vectors).sum(axis=1)
+                if not ((np.abs(squares - 1) < 1e-3) | (squares < 1e-3)).all():
+                    raise StoreBroken(f"collection {name!r} holds damaged vectors")
+                first = vectors[:1] if first is None else first
+            if first is None:
+                continue
+            reached = handle.query(query_embeddings=first, n_results=len(ids), include=[])["ids"][0]
+            if set(reached) != set(ids):
+                raise StoreBroken(f"the graph of {name!r} reaches {len(reached)} of {len(ids)} rows")
+            held[name] = _summed(iter(digests))
+        return held
+
+
+def checked_metadata(row: IndexRow) -> None:
+    """Refuse what Chroma would refuse, before anything is written.
+
+    Raises:
+        DataError: an empty id, or a metadata value that is not a scalar.
+    """
+    if not row.id:
+        raise DataError("an index row needs a non-empty id")
+    for name, value in row.metadata.items():
+        if not isinstance(value, str | int | float):
+            raise DataError(f"metadata {name!r} of index row {row.id!r} must be text or a number, got {value!r}")
+
+
+def main(folder: str, namespace: str) -> None:
+    """Print the summary of the store in `folder`."""
+    summary = ChromaStore(embedded_client(Path(folder)), namespace).summary()
+    sys.stdout.write(json.dumps(summary) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
