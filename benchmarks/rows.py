@@ -63,12 +63,13 @@ class Rows:
     Args:
         benchmark: name of the benchmark.
         path: file to begin anew, or None.
-        data, model: of every row that does not say otherwise.
+        data, model, note: of every row; `data` unless a row says otherwise.
     """
 
-    def __init__(self, benchmark: str, path: Path | None, *, data: str = "", model: str = "") -> None:
+    def __init__(self, benchmark: str, path: Path | None, *, data: str = "", model: str = "", note: str = "") -> None:
         self.data = data
         self.model = model
+        self.note = note
         self._benchmark = benchmark
         self._fixed = {"machine": machine(), "versions": versions(), "commit": commit()}
         self._began = time.monotonic()
@@ -98,7 +99,6 @@ class Rows:
         seconds: float = 0.0,
         seed: int | str = 0,
         data: str | None = None,
-        note: str = "",
     ) -> None:
         """One figure. `seconds` is the time measured for it; `n` what it is a median or mean of."""
         row: dict[str, Any] = {
@@ -116,7 +116,7 @@ class Rows:
             "seconds": round(seconds, 3),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "model": self.model,
-            "note": note,
+            "note": self.note,
             **self._fixed,
         }
         line = json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -90,6 +90,12 @@ def choose_all(backbone: Any, chats: Sequence[Chat]) -> int:
     return 0
 
 
+def score_all(backbone: Any, slates: Sequence[Scoring]) -> int:
+    """Log-probabilities of every title."""
+    backbone.score(slates)
+    return 0
+
+
 def write_letter(backbone: Any, chats: Sequence[Chat]) -> int:
     """Text for the same prompts, searched for a letter."""
     answers = backbone.generate([Request(chat, max_tokens=ANSWER_TOKENS) for chat in chats])

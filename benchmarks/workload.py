@@ -128,7 +128,11 @@ def shoppers(world: World, n: int) -> list[Shopper]:
     found = []
     for case in range(min(n, len(slates))):
         user, domain = int(slates.user[case]), int(slates.domain[case])
-        memory = {"private": agents.private(user, domain).text, "fused": agents.fused(user, domain).text, "groups": ()}
+        memory = {
+            "private": agents.private(user, domain).text,
+            "fused": agents.fused(user, domain).text,
+            "groups": agents.group_lines(user, domain, int(slates.time[case])),
+        }
         target = int(slates.target[case])
         slate = slates.candidates[case].tolist()
         found.append(Shopper(user, domain, memory, (slate[target], *slate[:target], *slate[target + 1 :])))

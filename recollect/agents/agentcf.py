@@ -183,9 +183,7 @@ class AgentCF:
                 self.set_groups(load_groups(row.text))
             else:
                 self.memories.put(owner, key, Memory.load(row.text))
-        if self.config.recall:
-            for number in rebuilds:
-                self.recall.index_pending(number)
+        self.recall.restore(rebuilds)
 
     def put(self, step: int, owner: str, key: str, memory: Memory) -> None:
         """Replace a memory, as written by `step`."""
@@ -282,7 +280,7 @@ class AgentCF:
             written = yield from self.writer.fuse_at_once(domain, old, privates, names)
         else:
             others = {d: memory for d, memory in privates.items() if d != domain}
-            extracted = yield from self.writer.extract(domain, others, names)
+            extracted = yield from self.writer.extract(domain, others, private, names)
             record.memory("fuse_extract", "", "", Memory(), extracted.memories[0], extracted.cost, [])
             written = yield from self.writer.fuse(domain, old, extracted.memories[0], private, names)
         (new,) = written.memories

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-import recollect
 from recollect.agents.chroma_store import (
     ChromaStore,
     Summary,
@@ -43,6 +43,7 @@ Source = Callable[[], Iterable[tuple[str, IndexRow]]]
 Result = TypeVar("Result")
 
 PROBE_SECONDS = 300
+LOCK_TRIES, LOCK_PAUSE_SECONDS = 8, 0.25
 _STORE, _BROKEN = "store", "broken"
 
 
@@ -51,9 +52,9 @@ class ChromaIndex:
 
     Args:
         location: folder of an embedded store (made if absent), or `http://host:port` of a server.
-        source: gives every (collection, row) that must be in the index, the later row of an id winning; read when
-            the index is opened and whenever it is rebuilt, so callers record a row there before they upsert it.
-            None: the index starts empty whatever was stored, and what is upserted is remembered for rebuilding.
+        source: gives every (collection, row) that must be in the index (the journal's), the later row of an id
+            winning; read once, on opening. None: the index starts empty, whatever was stored. Either way the rows,
+            later ones included, are mirrored in memory, and a failing store is rebuilt from the mirror.
         namespace: keeps runs that share a server apart. Default: "run" for a folder; for a server a fresh one, whose
             collections are deleted on `close`.
         sync_threshold: after how many rows Chroma writes its graph to disk.
@@ -125,7 +126,13 @@ class ChromaIndex:
         dimension = self._truth.dimension(collection)
         if queries.shape[1] != dimension:
             raise DataError(f"queries must have {dimension} dimensions, got {queries.shape[1]}")
-        return self._attempt(lambda store: store.query(collection, queries, k, where, n_rows))
+
+        def search(store: ChromaStore) -> list[list[Hit]]:
+            found = store.candidates(collection, queries, k, where, n_rows)
+            # Ranked from the mirror: Chroma renormalises vectors, which moves last bits. A stranger's id is a KeyError.
+            return [self._truth.best_of(collection, ids, query, k) for ids, query in zip(found, queries, strict=True)]
+
+        return self._attempt(search)
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Forget rows; unknown ids are no error."""
@@ -152,7 +159,6 @@ class ChromaIndex:
 
     def _read_source(self) -> None:
         assert self._source is not None
-        self._truth = ExactIndex()
         pages: dict[str, list[IndexRow]] = {}
         for collection, row in self._source():
             checked_metadata(row)
@@ -180,6 +186,7 @@ class ChromaIndex:
             self._fill()
 
     def _open_embedded(self) -> None:
+        assert self._lock is not None
         expected = summary_of(self._truth.contents())
         current = self._current()
         if current is None or self._source is None:
@@ -187,7 +194,7 @@ class ChromaIndex:
                 shutil.rmtree(current)
             self._start_afresh()
             return
-        problem = _probe(current, self._namespace, expected)
+        problem = _probe(current, self._namespace, expected, self._lock)
         if problem:
             self._rebuild(problem)
         else:
@@ -228,8 +235,6 @@ class ChromaIndex:
         if counted:
             self.rebuilt += 1
             logger.warning("retrieval index in %s rebuilt: %s", self._url or self._folder, reason)
-        if self._source is not None:
-            self._read_source()
         if self._url:
             assert self._store is not None
             self._store.drop_all()
@@ -243,7 +248,7 @@ class ChromaIndex:
             os.rename(current, current.with_name(current.name.replace(_STORE, _BROKEN, 1)))
         self._start_afresh()
 
-    # -- failures -------------------------------------------------------------------------------------------------------
+    # -- failures ---------------------------------------------------------------------------------------------------
 
     def _attempt(self, operation: Callable[[ChromaStore], Result]) -> Result:
         """Do it; on any failure rebuild and do it once more."""
@@ -255,7 +260,8 @@ class ChromaIndex:
             if _is_not_of_the_store(error):
                 raise
             self._raise_if_away(error)
-            self._guarded(lambda: self._rebuild(f"{type(error).__name__}: {error}"))
+            reason = f"{type(error).__name__}: {error}"
+            self._guarded(lambda: self._rebuild(reason))
         try:
             return operation(self._store)
         except Exception as error:
@@ -296,30 +302,44 @@ def _locked(folder: Path) -> IO[str]:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 held until close()
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        raise InputError(
-            f"the retrieval index in {folder} is open in another process; wait for it or use another folder"
-        ) from None
+    for patience in range(LOCK_TRIES, 0, -1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if patience > 1:  # a killed run's probe may take a moment to end
+                time.sleep(LOCK_PAUSE_SECONDS)
+                continue
+            handle.close()
+            raise InputError(
+                f"the retrieval index in {folder} is open in another process; wait for it or use another folder"
+            ) from None
+        break
     return handle
 
 
-def _probe(folder: Path, namespace: str, expected: Summary) -> str:
-    """Open a store in a child process; "" when it holds what is expected, else what is wrong."""
-    root = str(Path(recollect.__file__).resolve().parent.parent)
+def _probe(folder: Path, namespace: str, expected: Summary, lock: IO[str]) -> str:
+    """Open a store in a child process; "" when it holds what is expected, else what is wrong.
+
+    The child shares the lock, so that nobody opens the store while it lives, and ends when this process does.
+    """
+    root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    watched, held_open = os.pipe()
     try:
         child = subprocess.run(
             [sys.executable, "-m", "recollect.agents.chroma_store", str(folder), namespace],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=watched,
             capture_output=True,
+            pass_fds=(lock.fileno(),),
             timeout=PROBE_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         return f"opening it took over {PROBE_SECONDS} s"
+    finally:
+        os.close(watched)
+        os.close(held_open)
     if child.returncode != 0:
         said = child.stderr.decode("utf-8", "replace").strip().splitlines()
         return f"the probe ended with status {child.returncode}: {said[-1] if said else 'no message'}"

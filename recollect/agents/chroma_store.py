@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recollect.agents.memory_index import Hit, IndexRow, Scalar, most_similar, unit_rows
+from recollect.agents.memory_index import IndexRow, Scalar, unit_rows
 from recollect.errors import DataError, RecollectError
 from recollect.io import canonical_json, sha256_text
 
@@ -117,13 +120,13 @@ class ChromaStore:
                 ],
             )
 
-    def query(
+    def candidates(
         self, collection: str, queries: np.ndarray, k: int, where: Mapping[str, Scalar] | None, n_rows: int
-    ) -> list[list[Hit]]:
-        """Hits of (B, D) unit queries, re-ranked exactly from the stored vectors.
+    ) -> list[list[str]]:
+        """For each of (B, D) queries the ids among which its k best are to be looked for.
 
-        With a filter, or where the graph search comes back short, every matching row is compared; otherwise the
-        nearest max(4 k, 256) by the graph are, which may miss one in larger collections.
+        With a filter, or where the graph search comes back short, every matching row; otherwise the nearest
+        max(4 k, 256) by the graph, which may miss one in larger collections.
 
         Args:
             n_rows: how many rows the collection must hold.
@@ -132,35 +135,23 @@ class ChromaStore:
             StoreBroken: it holds another number.
         """
         handle = self._handle(collection)
-        if handle.count() != n_rows:
-            raise StoreBroken(f"collection {collection!r} holds {handle.count()} rows instead of {n_rows}")
+        if (held := handle.count()) != n_rows:
+            raise StoreBroken(f"collection {collection!r} holds {held} rows instead of {n_rows}")
         if where:
-            condition = {name: value for name, value in where.items()}
-            if len(condition) > 1:
-                condition = {"$and": [{name: value} for name, value in where.items()]}
-            ids, rows = self._all_rows(handle, condition)
-            return [most_similar(ids, rows, query, k) for query in queries]
+            each = [{name: value} for name, value in where.items()]
+            return [self._all_ids(handle, each[0] if len(each) == 1 else {"$and": each})] * len(queries)
         wanted = min(n_rows, max(OVERSAMPLING * k, SEARCHED_AT_LEAST))
-        found = handle.query(query_embeddings=queries, n_results=wanted, include=["embeddings"])
-        if any(len(ids) < wanted for ids in found["ids"]):
-            ids, rows = self._all_rows(handle, None)
-            return [most_similar(ids, rows, query, k) for query in queries]
-        return [
-            most_similar(ids, unit_rows(np.asarray(rows)), query, k)
-            for ids, rows, query in zip(found["ids"], found["embeddings"], queries, strict=True)
-        ]
+        found = handle.query(query_embeddings=queries, n_results=wanted, include=[])["ids"]
+        if any(len(ids) < wanted for ids in found):
+            return [self._all_ids(handle, None)] * len(queries)
+        return found
 
     @staticmethod
-    def _all_rows(handle: Any, where: Any) -> tuple[list[str], np.ndarray]:
+    def _all_ids(handle: Any, where: Any) -> list[str]:
         ids: list[str] = []
-        parts: list[np.ndarray] = []
-        while True:
-            page = handle.get(where=where, limit=PAGE, offset=len(ids), include=["embeddings"])
-            if not page["ids"]:
-                break
-            ids += page["ids"]
-            parts.append(np.asarray(page["embeddings"]))
-        return ids, unit_rows(np.concatenate(parts)) if parts else np.zeros((0, 1), dtype=np.float32)
+        while page := handle.get(where=where, limit=PAGE, offset=len(ids), include=[])["ids"]:
+            ids += page
+        return ids
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Forget rows."""
@@ -214,17 +205,25 @@ def checked_metadata(row: IndexRow) -> None:
     """Refuse what Chroma would refuse, before anything is written.
 
     Raises:
-        DataError: an empty id, or a metadata value that is not a scalar.
+        DataError: an empty id, a metadata value that is not a finite scalar, or text that is not Unicode.
     """
     if not row.id:
         raise DataError("an index row needs a non-empty id")
-    for name, value in row.metadata.items():
-        if not isinstance(value, str | int | float):
-            raise DataError(f"metadata {name!r} of index row {row.id!r} must be text or a number, got {value!r}")
+    for name, value in (("id", row.id), *row.metadata.items()):
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise DataError(f"{name!r} of index row {row.id!r} holds an unpaired surrogate; clean it first")
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
+            raise DataError(f"metadata {name!r} of index row {row.id!r} must be text or a finite number, got {value!r}")
 
 
 def main(folder: str, namespace: str) -> None:
-    """Print the summary of the store in `folder`."""
+    """Print the summary of the store in `folder`; end at once when whoever asked has died (its end of stdin closes)."""
+
+    def watch() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     summary = ChromaStore(embedded_client(Path(folder)), namespace).summary()
     sys.stdout.write(json.dumps(summary) + "\n")
 

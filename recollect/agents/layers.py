@@ -1,9 +1,9 @@
 """The fitted choice layer over agents' evidence, its ablations, and the scorers it is compared with.
 
 Two stages, both before any test case of any user. The first weighs memories, group views and text similarities on
-rehearsals (training rows before they were learned) and calibration cases; it needs no model calls, so its cases are many. The
-second adds what calls were paid for, the language model's evidence, and item memories, on calibration cases. The logistic
-yardstick is the first stage on scorers without agents: as many cases, no agent. Judged on test cases.
+rehearsals (training rows before they were learned) and calibration cases; it needs no model calls, so its cases are
+many. The second adds what calls were paid for, the language model's evidence, and item memories, on calibration cases.
+The logistic yardstick is the first stage on scorers without agents: as many cases, no agent. Judged on test cases.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 
 DECAY = 0.9
 KEPT_TERMS = 64
+ATTENTION_FLOOR = 0.1
 LIKES_SHOWN = 12
 DISLIKES_SHOWN = 5
 WORD_LIMITS = {"private": 150, "fused": 180, "single": 180, "item": 50}
@@ -75,13 +76,21 @@ def taste_after(
     return strongest(weights, KEPT_TERMS)
 
 
-def relevant_elsewhere(private_of_others: list[Weights], relevant: frozenset[str] | set[str]) -> Weights:
-    """Step one of fusion: what memories of other domains say in terms the target domain knows (mean over domains)."""
+def relevant_elsewhere(private_of_others: list[Weights], relevant: frozenset[str] | set[str], own: Weights) -> Weights:
+    """Step one of fusion: what memories of other domains say in terms the target domain knows.
+
+    The paper calls this an analogue of attention. Here a domain's weight is `ATTENTION_FLOOR` plus the cosine of its
+    memory with the target domain's own, never below 0: domains that agree count more, one that contradicts the target
+    domain not at all, and while little is known of the target all count alike (our design).
+    """
+    attention = [max(0.0, ATTENTION_FLOOR + cosine(own, weights)) for weights in private_of_others]
+    total = sum(attention)
     extract: Weights = {}
-    for weights in private_of_others:
-        for term in sorted(weights):
-            if term in relevant:
-                extract[term] = extract.get(term, 0.0) + weights[term] / len(private_of_others)
+    for weights, share in zip(private_of_others, attention, strict=True):
+        if share > 0:
+            for term in sorted(weights):
+                if term in relevant:
+                    extract[term] = extract.get(term, 0.0) + weights[term] * share / total
     return strongest(extract, KEPT_TERMS)
 
 

@@ -1,8 +1,9 @@
 """Retrieval over agents' memories: the protocol, and the exact index that every other one must agree with.
 
 A retrieval index is derived: it can be rebuilt from the journal at any time. Queries with a filter give the same hits
-whichever index answers; without one an approximate store may miss a row (see its module). Similarities are cosines rounded to six decimals and ties go to the smaller id, so that the last bits of a
-matrix product, or of a store that renormalises vectors, cannot change an order.
+whichever index answers; without one an approximate store may miss a row (see its module). Similarities are cosines
+rounded to six decimals and ties go to the smaller id, so that the last bits of a matrix product, or of a store that
+renormalises vectors, cannot change an order.
 """
 
 from __future__ import annotations
@@ -82,10 +83,8 @@ def most_similar(ids: Sequence[str], rows: np.ndarray, query: np.ndarray, k: int
         k: at least 1; fewer hits when N is smaller.
     """
     rough = rows @ query
-    if len(rough) > k:
-        kept = np.flatnonzero(rough >= np.partition(rough, -k)[-k] - _MARGIN)
-    else:
-        kept = np.arange(len(rough))
+    least = np.partition(rough, -k)[-k] - _MARGIN if len(rough) > k else -np.inf
+    kept = np.flatnonzero(rough >= least).tolist()
     # Summed row by row in float64, so equal rows get equal similarities wherever they stand.
     exact = (rows[kept].astype(np.float64) * query.astype(np.float64)).sum(axis=1).round(DECIMALS) + 0.0
     order = sorted(range(len(kept)), key=lambda place: (-exact[place], ids[kept[place]]))
@@ -160,6 +159,15 @@ class ExactIndex:
             kept = [place for place, row in enumerate(held.rows) if matches(row.metadata, where)]
             ids, rows = [ids[place] for place in kept], rows[kept]
         return [most_similar(ids, rows, query, k) for query in queries]
+
+    def best_of(self, collection: str, ids: Sequence[str], query: np.ndarray, k: int) -> list[Hit]:
+        """The k best of some rows for one (D,) unit query.
+
+        Raises:
+            KeyError: an id is not in the collection.
+        """
+        held = self._collections[collection]
+        return most_similar(ids, held.vectors[[held.place[name] for name in ids]], query, k)
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         if collection in self._collections:

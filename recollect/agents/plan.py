@@ -40,7 +40,7 @@ class Plan:
     negatives: row of the log -> the item the real one is compared with in training.
     rehearsal: a slate per training row, scored without any model call before the row is learned.
     training_rows: (N,) bool mask of the rows any scorer may count: all but the simulated users' held-out ones.
-    background_rows: (N,) bool mask of those that scorers of rehearsals may count: not the simulated training rows either.
+    background_rows: (N,) bool mask of what scorers of rehearsals may count: not the simulated training rows either.
     """
 
     population: Population
@@ -113,13 +113,16 @@ def make_plan(dataset: Dataset, config: SimulateConfig) -> Plan:
         training_rows=training_rows,
         seed=config.seed,
     )
+    rehearsal, calibration, test = slates
     return Plan(
-        population,
-        *slates,
-        negatives,
-        training_rows,
-        background_rows,
-        lay_out(population, len(slates[1]), len(slates[2])),
+        population=population,
+        rehearsal=rehearsal,
+        calibration=calibration,
+        test=test,
+        negatives=negatives,
+        training_rows=training_rows,
+        background_rows=background_rows,
+        steps=lay_out(population, len(calibration), len(test)),
     )
 
 

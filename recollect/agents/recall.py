@@ -14,6 +14,7 @@ import numpy as np
 from recollect.agents.memory_index import IndexRow, MemoryIndex
 
 COLLECTION = "memories"
+Source = Callable[[], Iterator[tuple[str, IndexRow]]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Recall:
     Args:
         item_rows: item index -> row of `item_vectors`.
         item_vectors: (M, D) float32 unit rows.
+        open_index: opens the index that must hold the rows its source gives; called once, by `restore`.
         embed: texts -> (B, D) unit rows, journaled.
     """
 
@@ -44,12 +46,13 @@ class Recall:
         self,
         item_rows: dict[int, int],
         item_vectors: np.ndarray,
-        index: MemoryIndex,
+        open_index: Callable[[Source], MemoryIndex],
         embed: Callable[[Sequence[str]], np.ndarray],
     ) -> None:
         self._item_rows = item_rows
         self._item_vectors = item_vectors
-        self._index = index
+        self._open_index = open_index
+        self._index: MemoryIndex | None = None
         self._embed = embed
         self._pending: list[Version] = []
         self._text_vectors: dict[str, np.ndarray] = {}
@@ -77,28 +80,44 @@ class Recall:
         if version.text:
             self._pending.append(version)
 
-    def index_pending(self, before_step: int) -> None:
-        """Embed and index what was written before `before_step`, in the order of steps.
+    def restore(self, rebuilds: Sequence[int]) -> None:
+        """Open the index as it stood after the last of the committed `rebuilds` (step numbers, ascending)."""
+        rows = [row for number in rebuilds for row in self._due(number)]
+        self._index = self._open_index(lambda: ((COLLECTION, row) for row in rows))
 
-        The texts of one barrier are embedded together, so that their batches are the same in a resumed run.
-        """
+    def index_pending(self, before_step: int) -> None:
+        """Embed and index what was written before `before_step`, in the order of steps."""
+        rows = self._due(before_step)
+        if rows:
+            self._opened().upsert(COLLECTION, rows)
+
+    def _opened(self) -> MemoryIndex:
+        if self._index is None:
+            raise RuntimeError("the index is not open; call restore() first")
+        return self._index
+
+    def _due(self, before_step: int) -> list[IndexRow]:
+        """Rows written before a step. One barrier's texts are embedded together, so a resumed run has the same batches."""
         due = sorted(
             (version for version in self._pending if version.step < before_step),
             key=lambda version: (version.step, version.owner, version.key, version.number),
         )
         self._pending = [version for version in self._pending if version.step >= before_step]
-        if due:
-            self._index.upsert(COLLECTION, list(self._rows(due)))
-
-    def _rows(self, versions: Sequence[Version]) -> Iterator[IndexRow]:
-        vectors = self._embed([version.text for version in versions])
-        for version, vector in zip(versions, vectors, strict=True):
-            yield IndexRow(version.id, version.text, vector, {"owner": version.owner, "key": version.key})
+        vectors = self._embed([version.text for version in due]) if due else ()
+        return [
+            IndexRow(version.id, version.text, vector, {"owner": version.owner, "key": version.key})
+            for version, vector in zip(due, vectors, strict=True)
+        ]
 
     def past_memories(self, owner: str, candidates: np.ndarray) -> np.ndarray:
         """(C,) cosine of each candidate with the most similar past private memory of `owner`; 0 when none is kept."""
-        hits = self._index.query(COLLECTION, self.vectors(candidates), 1, where={"owner": owner})
+        hits = self._opened().query(COLLECTION, self.vectors(candidates), 1, where={"owner": owner})
         return np.asarray([found[0].similarity if found else 0.0 for found in hits])
+
+    def close(self) -> None:
+        """Let go of the index; similarities of items stay at hand."""
+        if self._index is not None:
+            self._index.close()
 
     def dense_vectors(self, n_items: int) -> np.ndarray:
         """(n_items, D) float32; zero rows for items that no simulated user and no slate touches."""

@@ -177,7 +177,8 @@ class _Task:
         try:
             self.calls = resume()
         except StopIteration as stop:
-            self.calls = ()
+            if not isinstance(stop.value, StepResult):
+                raise TypeError(f"step {self.number} returned {stop.value!r} instead of a StepResult") from None
             self.result = stop.value
 
 
@@ -196,7 +197,7 @@ def _run_levels(
             if stop is not None and stop():
                 return
             try:
-                tasks = _in_lockstep(group, model)
+                results = _in_lockstep(group, model)
             except StorageRefused:
                 raise
             except BaseException:
@@ -204,12 +205,12 @@ def _run_levels(
                     model.settle(wait=False)
                 raise
             with finished.journal.interrupts.deferred():
-                for task in tasks:
-                    finished.add(task.number, _result(task))
+                for number, result in results:
+                    finished.add(number, result)
                 finished.commit()
 
 
-def _in_lockstep(group: Sequence[Step], model: Journaled | Replay) -> list[_Task]:
+def _in_lockstep(group: Sequence[Step], model: Journaled | Replay) -> list[tuple[int, StepResult]]:
     """All steps to their ends: the calls of one phase of all steps are one list, in step order."""
     tasks = [_Task(step) for step in group]
     for task in tasks:
@@ -222,13 +223,28 @@ def _in_lockstep(group: Sequence[Step], model: Journaled | Replay) -> list[_Task
                 own, futures = futures[: len(task.calls)], futures[len(task.calls) :]
                 task.take(own)
         else:
-            answers = model.answer(calls)
+            try:
+                answers = model.answer(calls)
+            except CALL_FAULTS:
+                _one_by_one(waiting, model)
+                continue
             start = 0
             for task in waiting:
                 end = start + len(task.calls)
                 task.answer(answers[start:end])
                 start = end
-    return tasks
+    return [(task.number, task.result) for task in tasks if task.result is not None]
+
+
+def _one_by_one(tasks: Sequence[_Task], model: Journaled | Replay) -> None:
+    """Answer each task's calls by themselves, so that a call that fails for good costs its own step alone."""
+    for task in tasks:
+        try:
+            answers = model.answer(task.calls)
+        except CALL_FAULTS as error:
+            task.fail(error)
+        else:
+            task.answer(answers)
 
 
 def _settled(model: Journaled, calls: Sequence[Call]) -> list[Future[Answer]]:
@@ -243,12 +259,6 @@ def _settled(model: Journaled, calls: Sequence[Call]) -> list[Future[Answer]]:
     while any(not future.done() for future in futures):
         model.settle()
     return futures
-
-
-def _result(task: _Task) -> StepResult:
-    if not isinstance(task.result, StepResult):
-        raise TypeError(f"step {task.number} returned {task.result!r} instead of a StepResult")
-    return task.result
 
 
 # ---- ready -------------------------------------------------------------------------------------------------------
@@ -343,7 +353,7 @@ class _Ready:
         if task.result is None:
             self._send(task)
             return
-        self._finished.add(task.number, _result(task))
+        self._finished.add(task.number, task.result)
         self._n_open -= 1
         for step in self._after.pop(task.number, ()):
             self._n_before[step.number] -= 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from recollect.agents.agentcf import AgentCF
 from recollect.agents.config import SimulateConfig
 from recollect.agents.groups import GroupViews
 from recollect.agents.item_features import ItemFeatures
+from recollect.agents.memory_index import ExactIndex, MemoryIndex
 from recollect.agents.plan import Plan, estimate, make_plan
 from recollect.agents.population import in_time_order
 from recollect.agents.questions import Questions
-from recollect.agents.recall import Recall
+from recollect.agents.recall import Recall, Source
 from recollect.agents.scheduler import Step, run_steps
 from recollect.agents.validation import validate
 from recollect.agents.writers import LlmWriter, StructuredWriter, Writer
@@ -33,7 +34,7 @@ from recollect.config import build, run_manifest, to_dict
 from recollect.data import fingerprint, load_dataset
 from recollect.errors import InputError, ReplayMismatch, TooManyFailures
 from recollect.eval.report import rebuild
-from recollect.io import prepare_out, read_json, write_json
+from recollect.io import prepare_out, read_json, sha256_text, write_json
 from recollect.journal import Journal
 from recollect.journal import remove as remove_journal
 from recollect.progress import Progress, SilentProgress
@@ -200,14 +201,17 @@ def _simulate(
         fingerprint=model.fingerprint,
         history_rows=_history_rows(dataset, plan),
     )
-    agents.warm_start(plan.population.history)
-    agents.catch_up(
-        journal, [step.number for step in plan.steps if step.kind == "rebuild" and journal.has_step(step.number)]
-    )
-    steps = _steps(agents, plan)
-    progress.stage("simulating", len(steps))
-    progress.advance(journal.n_committed)
-    run_steps(steps, model, journal, on_progress=progress.advance)
+    try:
+        agents.warm_start(plan.population.history)
+        agents.catch_up(
+            journal, [step.number for step in plan.steps if step.kind == "rebuild" and journal.has_step(step.number)]
+        )
+        steps = _steps(agents, plan)
+        progress.stage("simulating", len(steps))
+        progress.advance(journal.n_committed)
+        run_steps(steps, model, journal, on_progress=progress.advance)
+    finally:
+        recall.close()
     failed = 0
     if journal.count_events(ok=False):
         failed = len({event["step"] for event in journal.events() if not event["ok"]})
@@ -246,16 +250,25 @@ def _open_recall(
     )
     vectors = model.embed([questions.item_text(int(item)) for item in items])
     rows = {int(item): row for row, item in enumerate(items)}
-    index: Any
-    if isinstance(model, Replay) or not config.recall:
-        from recollect.agents.memory_index import ExactIndex
+    return Recall(rows, vectors, _index_opener(config, model, folder), model.embed)
 
-        index = ExactIndex()
-    else:
+
+def _index_opener(config: SimulateConfig, model: Journaled | Replay, folder: Path) -> Callable[[Source], MemoryIndex]:
+    """Chroma for runs, with the journal's rows as its source of truth; a replay, which may write nothing, is exact."""
+
+    def open_index(source: Source) -> MemoryIndex:
+        if isinstance(model, Replay) or not config.recall:
+            index = ExactIndex()
+            for collection, row in source():
+                index.upsert(collection, [row])
+            return index
         from recollect.agents.chroma_index import ChromaIndex
 
-        index = ChromaIndex(config.chroma or folder / "index")
-    return Recall(rows, vectors, index, model.embed)
+        # On a shared server the run folder keeps runs apart; a resumed run finds its collections again.
+        namespace = sha256_text(str(folder.resolve()))[:16] if config.chroma else ""
+        return ChromaIndex(config.chroma or folder / "index", source, namespace=namespace)
+
+    return open_index
 
 
 def _steps(agents: AgentCF, plan: Plan) -> list[Step]:

@@ -280,10 +280,10 @@ def _distributions(
         found = distribution_agreement(
             simulated,
             real,
-            kind,
+            kind,  # type: ignore[arg-type]
             simulated_users=users,
             real_users=users,
-            seed=seed,  # type: ignore[arg-type]
+            seed=seed,
         )
         report.metrics |= found["metrics"]
         shown.append(panels.distribution(kind, found["histogram"], _split_half_level(real, users, kind, seed)))

@@ -69,7 +69,9 @@ class Writer(Protocol):
 
     def private(self, memory: Memory, outcome: Outcome, names: tuple[str | int, ...]) -> Asking: ...
 
-    def extract(self, domain: int, others: Mapping[int, Memory], names: tuple[str | int, ...]) -> Asking: ...
+    def extract(
+        self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]
+    ) -> Asking: ...
 
     def fuse(
         self, domain: int, fused: Memory, extract: Memory, private: Memory, names: tuple[str | int, ...]
@@ -119,11 +121,11 @@ class StructuredWriter:
         )
         return Written((self._taste(weights, memory.updates + 1),))
 
-    def extract(self, domain: int, others: Mapping[int, Memory], names: tuple[str | int, ...]) -> Asking:
+    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]) -> Asking:
         yield from ()
         terms = {term for memory in others.values() for term in memory.weights}
         weights = relevant_elsewhere(
-            [others[d].weights for d in sorted(others)], self._features.known_in(domain, terms)
+            [others[d].weights for d in sorted(others)], self._features.known_in(domain, terms), own.weights
         )
         return Written((self._taste(weights, 1),))
 
@@ -138,10 +140,10 @@ class StructuredWriter:
     ) -> Asking:
         yield from ()
         terms = {term for memory in privates.values() for term in memory.weights}
-        extract = relevant_elsewhere(
-            [privates[d].weights for d in sorted(privates)], self._features.known_in(domain, terms)
-        )
         own = privates[domain].weights if domain in privates else {}
+        extract = relevant_elsewhere(
+            [privates[d].weights for d in sorted(privates)], self._features.known_in(domain, terms), own
+        )
         return Written((self._taste(fused_after(fused.weights, extract, own), fused.updates + 1),))
 
     def items(
@@ -217,7 +219,7 @@ class LlmWriter:
         chat = self._questions.reflect_user(memory.text, outcome)
         return (yield from self._write("reflect_user", chat, memory, WORD_LIMITS["private"], names))
 
-    def extract(self, domain: int, others: Mapping[int, Memory], names: tuple[str | int, ...]) -> Asking:
+    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]) -> Asking:
         chat = self._questions.fuse_extract(domain, {d: memory.text for d, memory in others.items()})
         return (yield from self._write("fuse_extract", chat, Memory(), WORD_LIMITS["private"], names))
 

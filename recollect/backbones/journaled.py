@@ -7,6 +7,7 @@ bits of a float, which depend on the company in a batch, are the same in an undi
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from recollect.backbones.protocol import (
     Answer,
     Backbone,
     Call,
+    Completion,
     answer_batch,
     answer_from_json,
     answer_to_json,
@@ -32,7 +34,6 @@ from recollect.backbones.protocol import (
 )
 from recollect.backbones.replay import Replay, text_key
 from recollect.errors import BackboneError, ConfigError, ContextTooLong, MalformedOutput
-from recollect.io import canonical_json
 from recollect.journal import Journal, RecordedCall, RecordedText
 
 TEXTS_PER_BATCH = 256
@@ -167,21 +168,16 @@ class Journaled:
 
     def _recorded(self, key: str, call: Call, answer: Answer, seconds: float) -> RecordedCall:
         """The journal's row; raises `MalformedOutput` for an answer that could not be read back."""
+        if not isinstance(answer, Completion) and not all(map(math.isfinite, answer.log_probs)):
+            raise MalformedOutput(f"the model answered a {primitive_of(call)} with numbers that are not finite")
         prompt_tokens, completion_tokens = answer_tokens(answer)
-        value = answer_to_json(answer)
-        try:
-            canonical_json(value)
-        except ValueError as error:
-            raise MalformedOutput(
-                f"the model answered a {primitive_of(call)} with numbers that are not finite"
-            ) from error
         return RecordedCall(
             key,
             primitive_of(call),
             call.site,
             self.fingerprint,
             call_to_json(call),
-            value,
+            answer_to_json(answer),
             prompt_tokens,
             completion_tokens,
             seconds,

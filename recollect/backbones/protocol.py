@@ -8,7 +8,7 @@ who ask the same question apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -155,7 +155,7 @@ PRIMITIVES: dict[type, str] = {Request: "generate", Choice: "choose", Scoring: "
 
 
 def primitive_of(call: Call) -> str:
-    """"generate", "choose" or "score"."""
+    """ "generate", "choose" or "score"."""
     return PRIMITIVES[type(call)]
 
 
@@ -232,10 +232,14 @@ def answer_tokens(answer: Answer) -> tuple[int, int]:
 
 def answer_batch(backbone: Backbone, calls: Sequence[Call]) -> list[Answer]:
     """Answer mixed calls through the three batch primitives, each in one batch, and keep their order."""
-    answers: list[Answer | None] = [None] * len(calls)
-    for kind, ask in ((Request, backbone.generate), (Choice, backbone.choose), (Scoring, backbone.score)):
+    ask: dict[type, Callable[[Sequence[Any]], Sequence[Answer]]] = {
+        Request: backbone.generate,
+        Choice: backbone.choose,
+        Scoring: backbone.score,
+    }
+    answers: dict[int, Answer] = {}
+    for kind, primitive in ask.items():
         index = [i for i, call in enumerate(calls) if isinstance(call, kind)]
         if index:
-            for i, answer in zip(index, ask([calls[i] for i in index]), strict=True):  # type: ignore[arg-type]
-                answers[i] = answer
-    return answers  # type: ignore[return-value]
+            answers.update(zip(index, primitive([calls[i] for i in index]), strict=True))
+    return [answers[i] for i in range(len(calls))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from recollect.backbones.protocol import Answer, Call, answer_from_json, call_key, call_to_json
-from recollect.errors import ReplayMismatch
+from recollect.errors import ContextTooLong, MalformedOutput, ReplayMismatch
 from recollect.io import canonical_json, sha256_text
 from recollect.journal import Journal
 
@@ -35,12 +35,13 @@ class Replay:
         Raises:
             ReplayMismatch: a call was never recorded; shows the first one as a diff against the recorded call of the
                 same site that is most like it.
+            MalformedOutput, ContextTooLong: the call got no usable answer in the recorded run either.
         """
         keys = [call_key(self.fingerprint, call) for call in calls]
         found = self.journal.answers(dict.fromkeys(keys), answer_from_json)
         for key, call in zip(keys, calls, strict=True):
             if key not in found:
-                raise ReplayMismatch(self._difference(call))
+                raise self._fault(key) or ReplayMismatch(self._difference(call))
         return [found[key] for key in keys]
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
@@ -52,6 +53,14 @@ class Replay:
                 nearest = _most_alike(text, self.journal.embedded_texts(), lambda recorded: recorded)
                 raise ReplayMismatch(f"a text was not embedded in {self.journal.path}:\n{_diff(nearest or '', text)}")
         return np.stack([found[key] for key in keys]) if keys else np.zeros((0, 0), dtype=np.float32)
+
+    def _fault(self, key: str) -> Exception | None:
+        """How a call failed for good in the recorded run; None where it did not."""
+        kinds = {kind.__name__: kind for kind in (MalformedOutput, ContextTooLong)}
+        for failure in self.journal.failures():
+            if failure.key == key:
+                return kinds[failure.kind](failure.message)
+        return None
 
     def _difference(self, call: Call) -> str:
         asked = _readable(call_to_json(call))
@@ -72,7 +81,7 @@ def text_key(fingerprint: str, text: str) -> str:
 
 def _readable(call: dict[str, Any]) -> str:
     """A call as lines: one per parameter, then the messages as they stand."""
-    lines = [f"{name}: {canonical_json(value)}" for name, value in call.items() if name != "messages"]
+    lines = [f"{name}: {canonical_json(value)}" for name, value in sorted(call.items()) if name != "messages"]
     for role, content in call["messages"]:
         lines += [f"[{role}]", *content.split("\n")]
     return "\n".join(lines)

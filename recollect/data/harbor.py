@@ -20,7 +20,7 @@ where s_gi(t) = 1 iff item i belongs to a shock of u's group g that is open at t
 shocks; shock k of group g is open for `shock_days` and takes `shock_items` random items of domain (g + k) mod D.
 The last shock of every group closes with the world's end, so the last events of its members fall into it.
 
-Choices.  An event has a domain, drawn from the user's own domain shares (Dirichlet(4)), and
+Choices.  An event has a domain, drawn from the user's own domain shares (Dirichlet(`domain_evenness`)), and
     P(i | u, t, d) = exp(U_ui(t) / temperature) / sum_j exp(U_uj(t) / temperature)
 over the items j of d that u has not taken before.
 
@@ -69,11 +69,13 @@ class HarborConfig:
     shared_weight: float = 1.6
     domain_weight: float = 0.8
     quality_weight: float = 0.5
-    shock_strength: float = 3.0
+    shock_strength: float = 4.0
     """Utility added for the group's members while a shock is open; 0 = no shocks."""
-    shocks_per_group: int = 3
+    shocks_per_group: int = 12
     shock_items: int = 8
-    shock_days: int = 30
+    shock_days: int = 40
+    domain_evenness: float = 1.0
+    """Concentration of the Dirichlet of a user's domain shares: large = every domain alike, small = cold domains."""
     temperature: float = 1.0
     rating_noise: float = 0.5
     days: int = 180
@@ -95,8 +97,9 @@ class HarborConfig:
         for name in ("shared_weight", "domain_weight", "quality_weight", "shock_strength", "rating_noise"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ConfigError(f"{name} must be a finite number >= 0, got {getattr(self, name)!r}")
-        if not 0 < self.temperature < np.inf:
-            raise ConfigError(f"temperature must be a finite number > 0, got {self.temperature!r}")
+        for name in ("temperature", "domain_evenness"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise ConfigError(f"{name} must be a finite number > 0, got {getattr(self, name)!r}")
         if not 0 <= self.shock_items <= self.items_per_domain:
             raise ConfigError(f"shock_items must lie between 0 and items_per_domain, got {self.shock_items!r}")
         if self.shock_days > self.days:
@@ -280,7 +283,7 @@ def _draw_truth(config: HarborConfig, seed: int) -> tuple[Truth, np.ndarray, np.
     theme_taste = common * group_theme[group] + own * draw.standard_normal((config.n_users, len(THEMES)))
     mood_taste = common * group_mood[group] + own * draw.standard_normal((config.n_users, len(MOODS)))
     kind_taste = draw.standard_normal((config.n_users, config.n_domains, len(DOMAINS[0].kinds)))
-    domain_share = draw.dirichlet(np.full(config.n_domains, 4.0), size=config.n_users)
+    domain_share = draw.dirichlet(np.full(config.n_domains, config.domain_evenness), size=config.n_users)
     sign = np.ones((config.n_users, config.n_domains), dtype=np.int64)
     conflicted = draw.permutation(config.n_users)[: round(config.conflict_share * config.n_users)]
     reversed_domains = np.argsort(draw.random((config.n_users, config.n_domains)), axis=1)[:, : config.n_domains // 2]

@@ -151,6 +151,7 @@ class Renderer:
         Raises:
             ConfigError: a field is missing, unknown or of the wrong type.
         """
+        _check(template_name, values)
         return rendered(template_name, self.fence, {name: self._data(name, value) for name, value in values.items()})
 
     def _data(self, field: str, value: Any) -> Any:
@@ -172,12 +173,26 @@ class Renderer:
         return tuple(self._nested(field, entry) for entry in value)
 
 
-def rendered(name: str, fence: str, values: Mapping[str, Any]) -> Chat:
-    """Fill a template with values that are clean already; the system turn sees the fence alone."""
+def _check(name: str, values: Mapping[str, Any]) -> None:
     if name not in SITES:
         raise UnknownName("prompt", name, tuple(SITES))
     site = SITES[name]
-    _check(name, site, values)
+    known = (*site.required, *site.optional, *site.numbers)
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"prompt {name!r} has no field {unknown[0]!r}; it takes {', '.join(known)}")
+    if missing := [field for field in (*site.required, *site.numbers) if field not in values]:
+        raise ConfigError(f"prompt {name!r} needs {missing[0]!r}; it takes {', '.join(known)}")
+    for field, value in values.items():
+        if (field in site.numbers) != isinstance(value, int):
+            expected = "a number" if field in site.numbers else "text"
+            raise ConfigError(f"prompt {name!r}: {field!r} takes {expected}, got {value!r}")
+        if field in site.required and field in _LISTS and not value:
+            raise ConfigError(f"prompt {name!r}: {field!r} is empty")
+
+
+def rendered(name: str, fence: str, values: Mapping[str, Any]) -> Chat:
+    """Fill a template with values that are checked and clean; the system turn sees the fence alone."""
+    site = SITES[name]
     absent: dict[str, Any] = {field: () if field in _LISTS else "" for field in site.optional}
     template = _template(name)
 
@@ -188,19 +203,3 @@ def rendered(name: str, fence: str, values: Mapping[str, Any]) -> Chat:
     user = Message("user", turn("user", {**absent, **values, "fence": fence}))
     system = turn("system", {"fence": fence})
     return (Message("system", system), user) if system else (user,)
-
-
-def _check(name: str, site: Site, values: Mapping[str, Any]) -> None:
-    known = (*site.required, *site.optional, *site.numbers)
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(f"prompt {name!r} has no field {unknown[0]!r}; it takes {', '.join(known)}")
-    for field in (*site.required, *site.numbers):
-        if field not in values:
-            raise ConfigError(f"prompt {name!r} needs {field!r}; it takes {', '.join(known)}")
-        if (field in site.numbers) != isinstance(values[field], int):
-            raise ConfigError(f"prompt {name!r}: {field!r} is of the wrong type: {type(values[field]).__name__}")
-        if field in _LISTS and not values[field]:
-            raise ConfigError(f"prompt {name!r}: {field!r} is empty")
-    for field in site.optional:
-        if isinstance(values.get(field), int):
-            raise ConfigError(f"prompt {name!r}: {field!r} takes text, got {values[field]!r}")

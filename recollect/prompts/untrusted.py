@@ -22,7 +22,13 @@ _CUT_WORD_AT_MOST = 40
 
 _LINE_ENDS = frozenset("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 # Zero-width code points that are not of category Cf: joiners, fillers, variation selectors.
-_INVISIBLE: tuple[tuple[int, int], ...] = ((0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x3164, 0x3164))
+_INVISIBLE: tuple[tuple[int, int], ...] = (
+    (0x034F, 0x034F),
+    (0x115F, 0x1160),
+    (0x17B4, 0x17B5),
+    (0x180B, 0x180F),
+    (0x3164, 0x3164),
+)
 _INVISIBLE += ((0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0xE0000, 0xE0FFF))
 
 _OPEN, _CLOSE, _BAR = "[<＜‹〈⟨﹤]", "[>＞›〉⟩﹥]", "[|｜¦∣ǀ│]"
@@ -135,8 +141,8 @@ class Neutralizer:
 
     def _break_up(self, match: re.Match[str]) -> str:
         found = match.group()
-        if found[0] == "\n":  # a heading: the break goes before its colon
-            return found[:-1] + self._break + found[-1] if found.strip() else found
+        if len(found) > 1 and found[-1] in ":：":  # a heading reads best with the break before its colon
+            return found[:-1] + self._break + found[-1]
         return found[0] + self._break + found[1:] if len(found) > 1 else self._break
 
     def _capped(self, text: str, max_characters: int, is_cut: bool) -> str:
@@ -147,7 +153,7 @@ class Neutralizer:
             return text[:max_characters]
         if len(text) > room:
             end = max(text.rfind(" ", 0, room + 1), text.rfind("\n", 0, room + 1))
-            if end < room - _CUT_WORD_AT_MOST:
+            if end < max(1, room - _CUT_WORD_AT_MOST):
                 end = room
                 while end > 1 and unicodedata.combining(text[end]):  # keep a letter with its marks
                     end -= 1

@@ -1,4 +1,4 @@
-"""Parallel = one by one = interrupted and resumed: the same bytes in the event log, and nothing paid twice (oracle 5)."""
+"""Parallel = one by one = interrupted and resumed: the same bytes in the log, and nothing paid twice (oracle 5)."""
 
 import collections
 import json
@@ -30,9 +30,7 @@ def world():
 def alone(world, tmp_path_factory):
     """{variant: the run in a plain loop over its steps}."""
     return {
-        name: play(
-            world, tmp_path_factory.mktemp(name), reader(), one_by_one=True, **small(**options)
-        )
+        name: play(world, tmp_path_factory.mktemp(name), reader(), one_by_one=True, **small(**options))
         for name, options in VARIANTS.items()
     }
 
@@ -245,3 +243,23 @@ def test_hash_seed_and_order_of_users_in_sets_do_not_matter(tmp_path):
         assert done.returncode == 0, done.stderr
         found.add(done.stdout.strip())
     assert len(found) == 1
+
+
+def test_a_run_with_the_retrieval_index_is_resumed_to_the_same_bytes(world, tmp_path):
+    """The index is derived: killed between any two barriers, it is brought back from the journal."""
+    options = small(recall=True, users=4)
+    expected = play(world, tmp_path / "alone", InProcess(reader()), one_by_one=True, **options)
+    assert any(any(event["evidence"]["recalled_memory"]) for event in expected.of("rank", "test")), (
+        "nothing was ever recalled"
+    )
+    assert play(world, tmp_path / "server", reader(latency=0.0005), **options).log == expected.log
+    folder, paid = tmp_path / "killed", []
+    for kill in range(30):
+        try:
+            played = play(world, folder, dying(9, Dies, paid := []), resume=kill > 0, **options)
+        except Dies:
+            continue
+        break
+    assert kill >= 3
+    assert paid is not None
+    assert played.log == expected.log

@@ -143,6 +143,19 @@ def test_an_unknown_value_of_a_closed_option_is_refused_with_those_allowed(world
     refused(InputError, world, tmp_path / "out", name, repr(value), **options)
 
 
+def test_an_option_that_does_not_exist_is_refused_with_those_that_do(world, tmp_path):
+    refused(
+        ConfigError, world, tmp_path / "out", "'interaction_per_user'", "interactions_per_user", interaction_per_user=3
+    )
+
+
+def test_a_path_object_is_as_good_as_its_text(world, tmp_path):
+    backbone = reader()
+    with no_report():
+        simulate(world, backbone=backbone, embedder=backbone, out=tmp_path / "out", **OPTIONS)
+    assert (tmp_path / "out" / "events.jsonl").is_file()
+
+
 @pytest.mark.parametrize("fault", [float("nan"), float("-inf"), -1e-9])
 def test_a_temperature_that_is_no_temperature_is_refused(world, tmp_path, fault):
     refused(ConfigError, world, tmp_path / "out", "temperature", temperature=fault)
@@ -152,7 +165,7 @@ def test_a_folder_that_holds_something_is_left_alone(world, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("two years of work")
-    with pytest.raises(InputError, match="not empty.*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"not empty.*--resume.*--overwrite"):
         run(world, out)
     assert [file.name for file in out.iterdir()] == ["thesis.txt"]
     report = run(world, out, overwrite=True)
@@ -167,22 +180,27 @@ def test_a_file_in_place_of_the_folder_is_left_alone(world, tmp_path):
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_overwriting_a_run_gives_what_a_fresh_run_gives(world, tmp_path):
-    run(world, tmp_path / "out", seed=5)
-    run(world, tmp_path / "out", overwrite=True)
-    run(world, tmp_path / "fresh")
+@pytest.mark.parametrize("recall", [False, True])
+def test_overwriting_a_run_gives_what_a_fresh_run_gives(world, tmp_path, recall):
+    run(world, tmp_path / "out", seed=5, interactions_per_user=4, recall=recall)
+    run(world, tmp_path / "out", overwrite=True, recall=recall)
+    run(world, tmp_path / "fresh", recall=recall)
     assert (tmp_path / "out" / "events.jsonl").read_bytes() == (tmp_path / "fresh" / "events.jsonl").read_bytes()
 
 
 def test_resuming_with_other_options_is_refused_and_names_each(world, tmp_path):
     run(world, tmp_path / "out")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix in (".jsonl", ".json")}
+    before = {
+        file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix in (".jsonl", ".json")
+    }
     with pytest.raises(ResumeRefused) as caught:
         run(world, tmp_path / "out", resume=True, seed=1, group_window=3)
     assert caught.value.exit_code == 2
     for word in ("group_window: 5 -> 3", "seed: 0 -> 1"):
         assert word in str(caught.value)
-    after = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix in (".jsonl", ".json")}
+    after = {
+        file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.suffix in (".jsonl", ".json")
+    }
     assert after == before
 
 

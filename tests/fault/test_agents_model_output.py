@@ -7,7 +7,7 @@ from support.agent_worlds import InProcess, data_block, no_report, play, polite_
 
 from recollect.agents.memory import WORD_LIMITS, Memory
 from recollect.agents.observed import observe
-from recollect.agents.simulate import simulate
+from recollect.agents.simulate import replay, simulate
 from recollect.backbones.scripted import ScriptedBackbone
 from recollect.data import HarborConfig, build_harbor
 from recollect.errors import ContextTooLong, TooManyFailures
@@ -79,9 +79,7 @@ def test_an_unusable_answer_is_asked_again_twice_and_every_attempt_is_paid_for_i
     assert len(asked) == 3
     assert asked[-1].temperature == 0.0
     assert "could not be used" in asked[1].messages[-1].content
-    assert first["tokens_in"] == sum(
-        sum(len(message.content.split()) for message in call.messages) for call in asked
-    )
+    assert first["tokens_in"] == sum(sum(len(message.content.split()) for message in call.messages) for call in asked)
 
 
 def test_empty_texts_leave_memories_as_they_were(world, tmp_path):
@@ -134,9 +132,8 @@ def test_few_failures_are_tolerated_and_reported(tmp_path):
     assert any("unusable model output" in warning and "item: 1" in warning for warning in report.warnings)
 
 
-@pytest.mark.parametrize("concurrent", [True, False])
-def test_a_prompt_that_is_too_long_for_the_model_costs_its_step_alone(world, tmp_path, concurrent):
-    """The steps of others are what they would have been had the model refused nobody but this one."""
+def forgetful(world):
+    """A model whose context is too short for every decision that shows one certain item."""
     polite = reader()
     victim = str(world.catalog.titles[world.interactions.item[3]])
 
@@ -145,18 +142,43 @@ def test_a_prompt_that_is_too_long_for_the_model_costs_its_step_alone(world, tmp
             raise ContextTooLong("the prompt has 9000 tokens, the model takes 8192")
         return polite._choose(choice)
 
-    backbone = ScriptedBackbone(polite_text, choose, polite._score, name="short-context")
+    return ScriptedBackbone(polite_text, choose, polite._score, name="short-context")
+
+
+FOUR = {"interactions_per_user": 4, "held_out": 1, "max_failed": 1.0, "recall": False}
+
+
+def test_a_prompt_that_is_too_long_for_the_model_costs_its_step_alone(world, tmp_path):
+    logs = []
+    for name, given in (("server", forgetful(world)), ("in-process", InProcess(forgetful(world)))):
+        played = play(world, tmp_path / name, given, **FOUR)
+        logs.append(played.log)
+        failed = [event for event in played.events if not event["ok"]]
+        assert failed
+        assert all(event["fault"].startswith("ContextTooLong: the prompt has 9000") for event in failed)
+        for event in failed:
+            assert event["decision"] is None
+            assert [other for other in played.events if other["step"] == event["step"]] == [event]
+        assert any(event["ok"] for event in played.of("choice", "train"))
+        assert any(event["ok"] for event in played.of("choice", "test"))
+        assert played.ledger["failures"] >= len(failed)
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_run_with_refused_prompts_replays_equal(world, tmp_path, concurrent):
+    backbone = forgetful(world)
     given = backbone if concurrent else InProcess(backbone)
-    played = play(world, tmp_path, given, interactions_per_user=4, held_out=1, max_failed=1.0, recall=False)
-    failed = [event for event in played.events if not event["ok"]]
-    assert failed
-    assert all(event["fault"].startswith("ContextTooLong") for event in failed)
-    training = [event for event in failed if event["part"] in ("train", "learn")]
-    for event in training:
-        assert event["decision"] is None
-        assert [other for other in played.events if other["step"] == event["step"]] == [event]
-    assert played.of("choice", "train")
-    assert any(event["ok"] for event in played.of("choice", "train"))
+    report = simulate(world, backbone=given, embedder=backbone, out=str(tmp_path / "out"), **FOUR)
+    assert any("unusable model output" in warning for warning in report.warnings)
+    assert replay(tmp_path / "out", dataset=world).metrics == report.metrics
+
+
+def test_a_run_with_malformed_answers_replays_equal(world, tmp_path):
+    backbone = spoiled("no", ("reflect_items",))
+    options = {**WRITTEN, "max_failed": 1.0}
+    report = simulate(world, backbone=backbone, embedder=backbone, out=str(tmp_path / "out"), **options)
+    assert replay(tmp_path / "out", dataset=world).metrics == report.metrics
 
 
 # ---- word limits -------------------------------------------------------------------------------------------------

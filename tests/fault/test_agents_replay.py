@@ -84,6 +84,7 @@ def test_simulate_replays_by_option(world, finished):
 )
 def test_one_character_more_in_a_template_is_found_at_its_call(world, finished, template, kind, site):
     folder, _ = finished[kind]
+
     def one_character_more(text):
         if site == "shared":
             return text.replace("You are a shopper", "You are a shoppers")

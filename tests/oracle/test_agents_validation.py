@@ -21,9 +21,7 @@ OPTIONS = {"interactions_per_user": 2, "held_out": 2, "recall": False}
 
 def run(dataset, folder, **options):
     backbone = reader()
-    return simulate(
-        dataset, backbone=InProcess(backbone), embedder=backbone, out=str(folder), **{**OPTIONS, **options}
-    )
+    return simulate(dataset, backbone=InProcess(backbone), embedder=backbone, out=str(folder), **{**OPTIONS, **options})
 
 
 # ---- the audit ---------------------------------------------------------------------------------------------------
@@ -100,7 +98,7 @@ def checked(lovers, who):
         agent=weights / weights.sum(axis=1, keepdims=True),
         rivals={},
         ablations={},
-        layer=None,
+        layers=(),
         calibration_utility=utilities[0],
         test_utility=utilities[1],
     )

@@ -88,11 +88,7 @@ def test_coverage_never_falls_with_the_number_of_groups_kept(members, by):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.integers(0, 8), st.sets(st.integers(0, 12), min_size=2, max_size=6), min_size=2, max_size=9
-    )
-)
+@given(st.dictionaries(st.integers(0, 8), st.sets(st.integers(0, 12), min_size=2, max_size=6), min_size=2, max_size=9))
 def test_the_first_group_kept_by_coverage_covers_most_users(members):
     occurrences = {label: len(who) for label, who in members.items()}
     (first,) = rank_clusters(members, occurrences, 1, "coverage")
@@ -120,9 +116,7 @@ def test_histories_split_users_into_groups_that_cover_everybody_once():
 # ---- views -------------------------------------------------------------------------------------------------------
 
 
-events = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=60
-)
+events = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9), st.integers(0, 30)), min_size=1, max_size=60)
 
 
 def made(listed):

@@ -1,7 +1,8 @@
 """Small worlds, readers of prompts and ways to run agents, for the tests of `recollect.agents`.
 
-A reader is a scripted model whose answers are pure functions of the request: it parses what a prompt shows (taste, other
-shops' taste, fellow fans' purchases, two items) and follows a rule, so that a test knows what a perfect model would do.
+A reader is a scripted model whose answers are pure functions of the request: it parses what a prompt shows (taste,
+other shops' taste, fellow fans' purchases, two items) and follows a rule, so that a test knows what a perfect model
+would do.
 """
 
 from __future__ import annotations
