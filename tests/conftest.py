@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Child processes and torch each spin on every core they may use; several at once are slower than one thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -97,7 +97,7 @@ class Recall:
         return self._index
 
     def _due(self, before_step: int) -> list[IndexRow]:
-        """Rows written before a step. One barrier's texts are embedded together, so a resumed run has the same batches."""
+        """Rows written before a step; one barrier embeds its texts together, so a resumed run has the same batches."""
         due = sorted(
             (version for version in self._pending if version.step < before_step),
             key=lambda version: (version.step, version.owner, version.key, version.number),
