@@ -94,7 +94,8 @@ def test_an_interrupted_run_ends_with_130_and_goes_on(tmp_path, model, name):
     found = harness(
         "signal", tmp_path, agents=20, steps=400, kills=12, longest=0.15, delay=0.01, model=model, signal=name
     )
-    assert set(found["codes"]) <= {"130", "0"}
+    # -15: the signal came while the interpreter was still starting, before anybody could handle it.
+    assert set(found["codes"]) <= {"130", "0", "-15"}
     assert found["codes"]["130"] > 3
     assert_undisturbed(found)
 

@@ -132,7 +132,7 @@ def test_utility_rises_by_the_strength_for_members_inside_the_window_only():
     items = shock.items
     # a second before the window no other shock of this group holds these items
     before = truth.utilities(member, items, shock.start - 1)
-    assert truth.utilities(member, items, shock.start) - before == pytest.approx(3.0)
+    assert truth.utilities(member, items, shock.start) - before == pytest.approx(truth.config.shock_strength)
     assert truth.utilities(member, items, shock.end) == pytest.approx(before)
     assert not truth.shocked(outsider, shock.start)[items].all()
 
