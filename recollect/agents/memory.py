@@ -17,7 +17,7 @@ KEPT_TERMS = 64
 ATTENTION_FLOOR = 0.1
 LIKES_SHOWN = 12
 DISLIKES_SHOWN = 5
-WORD_LIMITS = {"private": 150, "fused": 180, "single": 180, "item": 50}
+WORD_LIMITS = {"private": 150, "fused": 180, "item": 50}
 
 Weights = dict[str, float]
 

@@ -100,9 +100,8 @@ class Writer(Protocol):
 class StructuredWriter:
     """Likes and dislikes as feature weights; asks no model. A baseline to beat and the deterministic test double."""
 
-    def __init__(self, features: ItemFeatures, descriptions: Sequence[str] | None = None) -> None:
+    def __init__(self, features: ItemFeatures) -> None:
         self._features = features
-        self._descriptions = descriptions
 
     def _taste(self, weights: Weights, updates: int) -> Memory:
         return Memory(taste_text(weights), weights, updates)
