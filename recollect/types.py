@@ -165,7 +165,7 @@ class Split:
 class Ranker(Protocol):
     """Whoever scores items for a user: SASRec, a language model, a simulated user."""
 
-    def scores(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None) -> np.ndarray:
+    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
         """Score candidates (B, C) (or every item, where None) given histories, oldest first; (B, C) float32."""
         ...
 

@@ -1,0 +1,1 @@
+"""Who ranks items for a user: closed-form, sequential, text and language-model recommenders behind one protocol."""
