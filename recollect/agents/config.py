@@ -24,7 +24,7 @@ class SimulateConfig:
     """AgentCF++, base AgentCF, or an ablation of the paper (dual memory only, shared memory only, no tag groups)."""
 
     users: int | None = None
-    """How many users to simulate, drawn by seed; default: 48 of harbor, 100 of any other data."""
+    """How many users to simulate, drawn by seed; default: 36 of harbor, 100 of any other data."""
 
     interactions_per_user: int = 6
     """Training interactions each agent predicts and learns from; earlier ones are read as plain history."""

@@ -17,7 +17,7 @@ from recollect.types import Dataset
 
 HELD_OUT_SHARE = 0.15
 MIN_ROWS = 3
-DEFAULT_USERS = {"harbor": 48}
+DEFAULT_USERS = {"harbor": 36}
 DEFAULT_USERS_ELSEWHERE = 100
 
 
