@@ -13,8 +13,8 @@ from typing import Any
 
 from workload import Shopper, World
 
-from recollect.agents.agentcf import in_lockstep
 from recollect.agents.questions import LABELS
+from recollect.agents.regrouping import in_lockstep
 from recollect.backbones.protocol import Chat, Choice, Completion, Message, Request, Scoring
 from recollect.prompts.parsing import MalformedAnswer, ask_json
 

@@ -104,7 +104,13 @@ def open_world(
         features=features,
         views=GroupViews(log, in_time_order(dataset, np.arange(len(log))), len(dataset.domains)),
         embed=embed,
-        recall=Recall({int(item): row for row, item in enumerate(items)}, vectors, ExactIndex(), embed),
+        recall=Recall(
+            {int(item): row for row, item in enumerate(items)},
+            vectors,
+            lambda item: (questions.item_text(item), dataset.domains[int(dataset.catalog.domain[item])]),
+            lambda source: ExactIndex(),
+            embed,
+        ),
         fingerprint=fingerprint,
         history_rows={int(user): history[log.user[history] == user] for user in population.users},
     )

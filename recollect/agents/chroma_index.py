@@ -2,7 +2,8 @@
 
 A killed writer can leave an embedded store that does not open, or that crashes the interpreter on opening, which
 nothing can catch. So a child process opens it first and compares it with the source of truth; one process at a time
-holds it (file lock); whatever goes wrong, the store is moved away and rebuilt, and the rebuild is counted.
+holds it (file lock); whatever goes wrong in the store, it is moved away and rebuilt, and the rebuild is counted and
+logged with its reason. What is not the store's fault (`is_fault_of_the_store`) is never answered by a rebuild.
 Not covered: a store that passes the probe and crashes the process later; several writers of one store.
 """
 
@@ -27,9 +28,11 @@ import numpy as np
 
 from recollect.agents.chroma_store import (
     ChromaStore,
+    StoreBroken,
     Summary,
     checked_metadata,
     embedded_client,
+    is_fault_of_the_store,
     server_client,
     summary_of,
 )
@@ -87,7 +90,7 @@ class ChromaIndex:
             self._folder = Path(location)
             self._lock = _locked(self._folder)
             try:
-                self._open_embedded()
+                self._guarded(self._open_embedded)
             except BaseException:
                 self._lock.close()
                 raise
@@ -129,8 +132,13 @@ class ChromaIndex:
 
         def search(store: ChromaStore) -> list[list[Hit]]:
             found = store.candidates(collection, queries, k, where, n_rows)
-            # Ranked from the mirror: Chroma renormalises vectors, which moves last bits. A stranger's id is a KeyError.
-            return [self._truth.best_of(collection, ids, query, k) for ids, query in zip(found, queries, strict=True)]
+            # Ranked from the mirror: Chroma renormalises vectors, which moves last bits.
+            try:
+                return [
+                    self._truth.best_of(collection, ids, query, k) for ids, query in zip(found, queries, strict=True)
+                ]
+            except KeyError as error:
+                raise StoreBroken(f"collection {collection!r} holds a row {error} that nobody put there") from error
 
         return self._attempt(search)
 
@@ -171,14 +179,20 @@ class ChromaIndex:
         if not parts.hostname:
             raise ConfigError(f"a Chroma location is a folder or http://host:port, got {self._url!r}")
         ssl = parts.scheme == "https"
-        self._use(server_client(parts.hostname, parts.port or (443 if ssl else 8000), ssl=ssl))
+        try:
+            self._use(server_client(parts.hostname, parts.port or (443 if ssl else 8000), ssl=ssl))
+        except Exception as error:
+            if not isinstance(error, ValueError):  # which the constructor makes of most that happens to it
+                self._raise_unless_store(error)
+            self._raise_if_away(error)
+            raise ConfigError(f"what answers at {self._url} is no usable Chroma server: {_said(error)}") from error
         assert self._store is not None
         expected = summary_of(self._truth.contents())
         try:
             held = self._store.summary()
-        except Exception as error:
-            self._raise_if_away(error)
-            self._rebuild(f"the server's collections cannot be read: {error}")
+        except BaseException as error:
+            self._raise_unless_store(error)
+            self._rebuild(f"the server's collections cannot be read: {_said(error)}")
             return
         if held and held != expected:
             self._rebuild("the server's collections differ from the journal", counted=self._source is not None)
@@ -195,10 +209,14 @@ class ChromaIndex:
             self._start_afresh()
             return
         problem = _probe(current, self._namespace, expected, self._lock)
-        if problem:
-            self._rebuild(problem)
-        else:
-            self._use(embedded_client(current))
+        if not problem:
+            try:
+                self._use(embedded_client(current))
+                return
+            except BaseException as error:
+                self._raise_unless_store(error)
+                problem = f"it opens in another process only: {_said(error)}"
+        self._rebuild(problem)
 
     def _current(self) -> Path | None:
         stores = sorted(self._folder.glob(f"{_STORE}-*"))
@@ -213,8 +231,9 @@ class ChromaIndex:
         if client is not None and not self._url:
             try:
                 client.close()  # type: ignore[attr-defined]
-            except Exception as error:  # a broken store may refuse even this; it is moved away all the same
-                logger.debug("closing the Chroma store: %s", error)
+            except BaseException as error:  # a broken store may refuse even this; it is left or moved away all the same
+                self._raise_unless_store(error)
+                logger.warning("the retrieval index in %s did not close: %s", self._folder, _said(error))
 
     def _start_afresh(self) -> None:
         """A new, numbered folder: Chroma remembers by path what it opened in this process."""
@@ -251,48 +270,54 @@ class ChromaIndex:
     # -- failures ---------------------------------------------------------------------------------------------------
 
     def _attempt(self, operation: Callable[[ChromaStore], Result]) -> Result:
-        """Do it; on any failure rebuild and do it once more."""
+        """Do it; when the store fails, rebuild it and do it once more."""
+        try:
+            return operation(self._opened())
+        except BaseException as error:
+            self._raise_unless_store(error)
+            reason = _said(error)
+        self._guarded(lambda: self._rebuild(reason))
+        return self._guarded(lambda: operation(self._opened()))
+
+    def _opened(self) -> ChromaStore:
         if self._store is None:
             raise RecollectError("the retrieval index is closed")
+        return self._store
+
+    def _guarded(self, operation: Callable[[], Result]) -> Result:
+        """Do it; a store that fails here has nothing left to be rebuilt from, or was rebuilt just now."""
         try:
-            return operation(self._store)
+            return operation()
         except BaseException as error:
-            if _is_not_of_the_store(error):
-                raise
-            self._raise_if_away(error)
-            reason = f"{type(error).__name__}: {error}"
-            self._guarded(lambda: self._rebuild(reason))
-        try:
-            return operation(self._store)
-        except Exception as error:
-            self._raise_if_away(error)
+            self._raise_unless_store(error)
             raise RecollectError(
-                f"the retrieval index in {self._url or self._folder} fails even when rebuilt: {error}; "
+                f"the retrieval index in {self._url or self._folder} fails even when rebuilt: {_said(error)}; "
                 "check the disk, or use another folder or server"
             ) from error
 
-    def _guarded(self, operation: Callable[[], None]) -> None:
-        try:
-            operation()
-        except Exception as error:
-            self._raise_if_away(error)
-            raise
+    def _raise_unless_store(self, error: BaseException) -> None:
+        """Pass on what is not the store's fault, and a server's absence as `ServerAway`.
+
+        A handler that calls this first may catch BaseException: a panic of Chroma's native part is nothing less.
+        """
+        self._raise_if_away(error)
+        if not is_fault_of_the_store(error):
+            raise error
 
     def _raise_if_away(self, error: BaseException) -> None:
-        if not self._url or isinstance(error, ServerAway):
-            return
         import httpx
 
-        unreachable = isinstance(error, ValueError) and "could not connect" in str(error).lower()
-        if unreachable or isinstance(error, httpx.TransportError | ConnectionError | TimeoutError):
+        if not self._url:
+            return
+        away = (httpx.TransportError, ConnectionError, TimeoutError)
+        if isinstance(error, away) or (isinstance(error, ValueError) and isinstance(error.__context__, away)):
             raise ServerAway(
                 f"the Chroma server at {self._url} does not answer ({error}); start it with `chroma run` and resume"
             ) from error
 
 
-def _is_not_of_the_store(error: BaseException) -> bool:
-    """Interrupts and the caller's mistakes; a panic of Chroma's native part is a BaseException and is the store's."""
-    return isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | DataError)
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _locked(folder: Path) -> IO[str]:

@@ -41,6 +41,21 @@ class StoreBroken(RecollectError):
     """The store answers, but not with what was put in."""
 
 
+def is_fault_of_the_store(error: BaseException) -> bool:
+    """Whether Chroma, its native part or the way to its server failed, and not the code that called it.
+
+    Known to come from Chroma 1.5: its own error classes (damaged, locked or vanished files; a collection that is
+    gone), a panic of the native part (derived from BaseException, of a module that cannot be imported), httpx errors,
+    a bare `Exception` with the body of an HTTP error it does not know, and operating system errors.
+    """
+    import httpx
+    from chromadb.errors import ChromaError
+
+    if isinstance(error, StoreBroken | ChromaError | httpx.HTTPError | OSError):
+        return True
+    return type(error) is Exception or type(error).__module__ == "pyo3_runtime"
+
+
 def embedded_client(folder: Path) -> ClientAPI:
     """A client of the store in `folder`; sends no telemetry."""
     import chromadb
@@ -162,7 +177,7 @@ class ChromaStore:
         for found in self._client.list_collections():
             metadata = found.metadata or {}
             if metadata.get(NAMESPACE) == self._namespace:
-                yield str(metadata[NAME]), self._client.get_collection(found.name, embedding_function=None)
+                yield str(metadata.get(NAME, "")), self._client.get_collection(found.name, embedding_function=None)
 
     def drop_all(self) -> None:
         """Delete every collection of the namespace."""
@@ -186,7 +201,7 @@ class ChromaStore:
                 if not page["ids"]:
                     break
                 ids += page["ids"]
-                digests += [str(metadata[ROW_DIGEST]) for metadata in page["metadatas"]]
+                digests += [str((metadata or {}).get(ROW_DIGEST, "")) for metadata in page["metadatas"]]
                 vectors = np.asarray(page["embeddings"], dtype=np.float64)
                 squares = (vectors * vectors).sum(axis=1)
                 if not ((np.abs(squares - 1) < 1e-3) | (squares < 1e-3)).all():

@@ -51,15 +51,25 @@ def rank_clusters(
     """Up to `kept` cluster labels.
 
     "occurrences": most tag occurrences first (official code). "coverage": greedily the cluster that covers most users
-    not covered yet, then most occurrences (our design); clusters of one user are never an interest *group*.
+    not covered yet, then most occurrences; those of more than half of the users come last, since what nearly everybody
+    shares tells no community apart (our design). Clusters of one user are never an interest *group*.
     """
     shared = {label: who for label, who in members.items() if len(who) >= 2}
     if by == "occurrences":
         return sorted(shared, key=lambda label: (-occurrences[label], label))[:kept]
+    half = len(set().union(*shared.values())) / 2
     chosen: list[int] = []
     covered: set[int] = set()
     while shared and len(chosen) < kept:
-        best = max(sorted(shared), key=lambda label: (len(shared[label] - covered), occurrences[label], -label))
+        best = max(
+            sorted(shared),
+            key=lambda label: (
+                len(members[label]) <= half,
+                len(shared[label] - covered),
+                occurrences[label],
+                -label,
+            ),
+        )
         chosen.append(best)
         covered |= shared.pop(best)
     return chosen
@@ -170,16 +180,18 @@ class GroupViews:
         return self._item[self._before(group.members, domain, now, user, count)]
 
     def popularity(self, groups: Sequence[Group], domain: int, now: int, user: int) -> dict[int, float]:
-        """Recency-weighted counts of items that members of any of `groups` took before `now`.
+        """Recency-weighted counts of items that members of `groups` took before `now`, averaged over the groups.
 
-        The k-th last event weighs 2^(-k/50): popularity inside the community without a social graph (our reading of
-        the shared memory as evidence; the paper gives the model the titles).
+        In each group's memory the k-th last event weighs 2^(-k/50); a group of n members enters the average with weight
+        1/n, for what is taken in a large group says less of its interest. This is popularity inside the community
+        without a social graph (our reading of the shared memory as evidence; the paper gives the model the titles).
         """
-        members = tuple(sorted({member for group in groups for member in group.members}))
-        if not members:
-            return {}
-        rows = self._before(members, domain, now, user, POPULARITY_WINDOW)
+        held = [group for group in groups if group.members]
+        total = sum(1 / len(group.members) for group in held)
         weights: dict[int, float] = {}
-        for age, item in enumerate(self._item[rows][::-1].tolist()):
-            weights[item] = weights.get(item, 0.0) + 2.0 ** (-age / POPULARITY_HALF_LIFE)
+        for group in held:
+            share = 1 / len(group.members) / total
+            rows = self._before(group.members, domain, now, user, POPULARITY_WINDOW)
+            for age, item in enumerate(self._item[rows][::-1].tolist()):
+                weights[item] = weights.get(item, 0.0) + share * 2.0 ** (-age / POPULARITY_HALF_LIFE)
         return weights

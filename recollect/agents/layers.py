@@ -4,6 +4,10 @@ Two stages, both before any test case of any user. The first weighs memories, gr
 rehearsals (training rows before they were learned) and calibration cases; it needs no model calls, so its cases are
 many. The second adds what calls were paid for, the language model's evidence, and item memories, on calibration cases.
 The logistic yardstick is the first stage on scorers without agents: as many cases, no agent. Judged on test cases.
+
+A part may add nothing to the whole layer and still do its work: a text similarity over all domains, which no agent
+needs, tells much of what a fused memory tells. So the first stage is also fitted on the agents' own evidence alone, and
+on that without groups and without fusion.
 """
 
 from __future__ import annotations
@@ -34,6 +38,11 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     "agent-without-groups": GROUP,
     "agent-without-fusion": FUSION,
 }
+MEMORIES_ALONE = "memories-alone"
+MEMORY_ABLATIONS: Mapping[str, tuple[str, ...]] = {
+    "memories-alone-without-groups": GROUP,
+    "memories-alone-without-fusion": FUSION,
+}
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,15 @@ class Scored:
 
     agent: (C, S) choice probabilities (uncalibrated softmax where no layer could be fitted).
     rivals: {name: (C, S)} null scorers, the logistic model on them, the language model alone.
-    ablations: {name: (C, S)}.  layers: the fitted stages, none where too few cases
-    were at hand; then `refused` says why.
+    ablations: {name: (C, S)} of the whole layer refitted without a part.
+    memories: {name: (C, S)} of the first stage on the agents' evidence alone (`MEMORIES_ALONE`), and without a part.
+    layers: the fitted stages, none where too few cases were at hand; then `refused` says why.
     """
 
     agent: np.ndarray
     rivals: Mapping[str, np.ndarray]
     ablations: Mapping[str, np.ndarray]
+    memories: Mapping[str, np.ndarray]
     layers: tuple[ChoiceLayer, ...]
     calibration_utility: np.ndarray
     test_utility: np.ndarray
@@ -170,11 +181,17 @@ def score_everybody(
             for name, dropped in ABLATIONS.items()
             if any(feature in evidence for feature in dropped)
         }
+        memories = {}
+        for name, dropped in {MEMORIES_ALONE: (), **MEMORY_ABLATIONS}.items():
+            kept = [feature for feature in rehearsed if feature not in dropped]
+            if kept and (len(kept) < len(rehearsed) or not dropped):
+                memories[name] = _softmax(first_stage(kept)[2])
     except InputError as error:
         return Scored(
             agent=_softmax(alone),
             rivals=rivals,
             ablations={},
+            memories={},
             layers=(),
             calibration_utility=observed.calibration.evidence[language],
             test_utility=alone,
@@ -184,6 +201,7 @@ def score_everybody(
         agent=_softmax(test_utility),
         rivals=rivals,
         ablations=ablations,
+        memories=memories,
         layers=tuple(layers),
         calibration_utility=calibration_utility,
         test_utility=test_utility,

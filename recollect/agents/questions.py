@@ -42,6 +42,11 @@ class Questions:
         self._domains = dataset.domains
         self._renderer = renderer
 
+    @property
+    def is_single_domain(self) -> bool:
+        """Whether no other domain exists that could say anything."""
+        return len(self._domains) == 1
+
     def title(self, item: int) -> str:
         """The title as prompts print it; an item without one is named after its category and id."""
         title = self._renderer.clean("title", str(self._catalog.titles[item]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,12 @@ from recollect.agents.groups import Group, dump_groups
 from recollect.agents.memory import Memory
 from recollect.agents.scheduler import StepResult
 from recollect.agents.writers import Cost
+from recollect.backbones.protocol import Answer, Call
 from recollect.io import sha256_text
 from recollect.journal import MemoryWrite
 from recollect.types import Dataset
+
+Steps = Generator[Sequence[Call], list[Answer], StepResult]
 
 
 @dataclass(frozen=True)

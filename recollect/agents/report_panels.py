@@ -59,11 +59,28 @@ def ablations(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "title": "What each part of the agents adds",
         "note": "The choice layer refitted without the part; gain = agents minus that, MRR, paired.",
         "columns": ["without", "MRR", "gain of the part", "p"],
-        "rows": [
-            [name.removeprefix("agent-without-").replace("-", " "), part["ranking/mrr"], part["gain"], part["p"]]
-            for name, part in parts.items()
-        ],
+        "rows": _part_rows(parts, "agent-without-"),
     }
+
+
+def memories_alone(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What groups and fusion add where no other scorer stands beside the agents' own evidence."""
+    whole = ["nothing", found["ranking/mrr"], "", ""]
+    return {
+        "kind": "table",
+        "title": "What each part adds to the memories alone",
+        "note": "The first stage fitted on memories and group views, without text similarities, factors and the "
+        "language model; gain = memories alone minus the same without the part, MRR, paired.",
+        "columns": ["without", "MRR", "gain of the part", "p"],
+        "rows": [whole, *_part_rows(found["ablations"], "memories-alone-without-")],
+    }
+
+
+def _part_rows(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> list[list[Any]]:
+    return [
+        [name.removeprefix(prefix).replace("-", " "), part["ranking/mrr"], part["gain"], part["p"]]
+        for name, part in parts.items()
+    ]
 
 
 def weights(coefficients: Mapping[str, Mapping[str, Any]], stage: int) -> dict[str, Any]:

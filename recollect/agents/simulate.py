@@ -250,15 +250,21 @@ def _open_recall(
     )
     vectors = model.embed([questions.item_text(int(item)) for item in items])
     rows = {int(item): row for row, item in enumerate(items)}
-    return Recall(rows, vectors, _index_opener(config, model, folder), model.embed)
+
+    def describe(item: int) -> tuple[str, str]:
+        return questions.item_text(item), dataset.domains[int(dataset.catalog.domain[item])]
+
+    return Recall(rows, vectors, describe, _index_opener(config, model, folder), model.embed)
 
 
 def _index_opener(config: SimulateConfig, model: Journaled | Replay, folder: Path) -> Callable[[Source], MemoryIndex]:
     """Chroma for runs, with the journal's rows as its source of truth; a replay, which may write nothing, is exact."""
 
     def open_index(source: Source) -> MemoryIndex:
-        if isinstance(model, Replay) or not config.recall:
-            index = ExactIndex()
+        index = ExactIndex()
+        if not config.recall:
+            return index  # nothing will be looked up
+        if isinstance(model, Replay):
             for collection, row in source():
                 index.upsert(collection, [row])
             return index

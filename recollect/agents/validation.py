@@ -6,7 +6,7 @@ logged impressions (M5), review text (M6), ranker comparison (A3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ import numpy as np
 from recollect.agents import report_panels as panels
 from recollect.agents.agentcf import AgentCF
 from recollect.agents.config import SimulateConfig
-from recollect.agents.layers import AGENT, Scored, rival_scores, score_everybody
+from recollect.agents.layers import AGENT, MEMORIES_ALONE, Scored, rival_scores, score_everybody
 from recollect.agents.observed import Observed, observe
 from recollect.agents.plan import Plan
 from recollect.agents.ratings import Ratings, simulate_ratings
+from recollect.data.fingerprints import fingerprint
 from recollect.errors import InputError
 from recollect.eval.agreement import (
     constant_rows,
@@ -120,7 +121,7 @@ def validate(
 def _protocol(config: SimulateConfig, dataset: Dataset, plan: Plan, scored: Scored) -> dict[str, Any]:
     return {
         "data": dataset.name,
-        "data_fingerprint": dataset.meta.get("fingerprint", ""),
+        "data_fingerprint": fingerprint(dataset),
         "clock": dataset.clock,
         "method": config.method,
         "backbone": config.backbone,
@@ -169,19 +170,16 @@ def _rank(report: Report, shown: list[dict[str, Any]], test: Slates, scored: Sco
     shown.append(panels.forest(report, HEADLINE, chance(test.size)[HEADLINE]))
     shown.append(panels.differences(differences, adjusted))
     if scored.ablations:
-        parts = {
-            name: paired_difference(ours, ranking_table(scores, test)[HEADLINE], test.user, seed=seed)
-            for name, scores in scored.ablations.items()
-        }
-        report.sections["ablations"] = {
-            name: {
-                **{metric: ranking(scored.ablations[name], test, seed=seed)[metric] for metric in RANKING_SHOWN},
-                "gain": entry(part.difference),
-                "p": part.p_value,
-            }
-            for name, part in parts.items()
-        }
+        report.sections["ablations"] = _parts(scored.agent, scored.ablations, test, seed)
         shown.append(panels.ablations(report.sections["ablations"]))
+    if len(scored.memories) > 1:
+        alone = scored.memories[MEMORIES_ALONE]
+        without = {name: scores for name, scores in scored.memories.items() if name != MEMORIES_ALONE}
+        report.sections["memories_alone"] = {
+            **{metric: ranking(alone, test, seed=seed)[metric] for metric in RANKING_SHOWN},
+            "ablations": _parts(alone, without, test, seed),
+        }
+        shown.append(panels.memories_alone(report.sections["memories_alone"]))
     if scored.layers:
         report.sections["choice_layer"] = [layer.to_json() for layer in scored.layers]
         shown += [panels.weights(layer.coefficient_entries(), stage) for stage, layer in enumerate(scored.layers, 1)]
@@ -193,6 +191,21 @@ def _rank(report: Report, shown: list[dict[str, Any]], test: Slates, scored: Sco
             "Choice probabilities against what was chosen",
         )
     )
+
+
+def _parts(whole: np.ndarray, without: Mapping[str, np.ndarray], test: Slates, seed: int) -> dict[str, dict[str, Any]]:
+    """Per part left out: the ranking figures without it, and what the whole gains over that on the same cases."""
+    ours = ranking_table(whole, test)[HEADLINE]
+    parts = {}
+    for name, scores in without.items():
+        found = ranking(scores, test, seed=seed)
+        gain = paired_difference(ours, ranking_table(scores, test)[HEADLINE], test.user, seed=seed)
+        parts[name] = {
+            **{metric: found[metric] for metric in RANKING_SHOWN},
+            "gain": entry(gain.difference),
+            "p": gain.p_value,
+        }
+    return parts
 
 
 def _choose(report: Report, observed: Observed, plan: Plan, seed: int) -> None:

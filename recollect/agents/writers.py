@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from recollect.agents.item_features import ItemFeatures
 from recollect.agents.memory import (
@@ -30,6 +30,10 @@ from recollect.prompts.parsing import MalformedAnswer, ask_json, word_limit
 from recollect.rng import call_seed
 
 Asking = Generator[Sequence[Call], list[Answer], "Written"]
+Names = tuple[str | int, ...]
+Pair = tuple[Memory, Memory]
+"""Memories of the real item and of the rejected one."""
+AskingTags = Generator[Sequence[Call], list[Answer], tuple[tuple[str, ...], "Cost"]]
 TAGS_SHOWN = 6
 NEGATIVE_AUDIENCE_RATE = -0.3
 
@@ -67,34 +71,17 @@ class Outcome:
 class Writer(Protocol):
     """Changes memories after an outcome. Names of streams identify the agent and the step."""
 
-    def private(self, memory: Memory, outcome: Outcome, names: tuple[str | int, ...]) -> Asking: ...
+    def private(self, memory: Memory, outcome: Outcome, names: Names) -> Asking: ...
 
-    def extract(
-        self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]
-    ) -> Asking: ...
+    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: Names) -> Asking: ...
 
-    def fuse(
-        self, domain: int, fused: Memory, extract: Memory, private: Memory, names: tuple[str | int, ...]
-    ) -> Asking: ...
+    def fuse(self, domain: int, fused: Memory, extract: Memory, private: Memory, names: Names) -> Asking: ...
 
-    def fuse_at_once(
-        self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Asking: ...
+    def fuse_at_once(self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: Names) -> Asking: ...
 
-    def items(
-        self,
-        user: Memory,
-        real: Memory,
-        other: Memory,
-        outcome: Outcome,
-        names: tuple[str | int, ...],
-        *,
-        update_negative: bool,
-    ) -> Asking: ...
+    def items(self, user: Memory, pair: Pair, outcome: Outcome, names: Names, *, update_negative: bool) -> Asking: ...
 
-    def tags(
-        self, memories: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Generator[Sequence[Call], list[Answer], tuple[tuple[str, ...], Cost]]: ...
+    def tags(self, memories: Mapping[int, Memory], names: Names) -> AskingTags: ...
 
 
 class StructuredWriter:
@@ -110,7 +97,7 @@ class StructuredWriter:
         """Take in an earlier interaction that nobody predicted: its features gain weight, nothing is rejected."""
         return self._taste(taste_after(memory, self._features.of_item(item), {}, right=True), memory.updates + 1)
 
-    def private(self, memory: Memory, outcome: Outcome, names: tuple[str | int, ...]) -> Asking:
+    def private(self, memory: Memory, outcome: Outcome, names: Names) -> Asking:
         yield from ()
         weights = taste_after(
             memory,
@@ -120,43 +107,31 @@ class StructuredWriter:
         )
         return Written((self._taste(weights, memory.updates + 1),))
 
-    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]) -> Asking:
+    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: Names) -> Asking:
         yield from ()
-        terms = {term for memory in others.values() for term in memory.weights}
-        weights = relevant_elsewhere(
-            [others[d].weights for d in sorted(others)], self._features.known_in(domain, terms), own.weights
-        )
-        return Written((self._taste(weights, 1),))
+        return Written((self._taste(self._relevant(domain, others, own.weights), 1),))
 
-    def fuse(
-        self, domain: int, fused: Memory, extract: Memory, private: Memory, names: tuple[str | int, ...]
-    ) -> Asking:
+    def _relevant(self, domain: int, memories: Mapping[int, Memory], own: Weights) -> Weights:
+        """What `memories` of any domains say in terms that items of `domain` know."""
+        terms = {term for memory in memories.values() for term in memory.weights}
+        return relevant_elsewhere(
+            [memories[d].weights for d in sorted(memories)], self._features.known_in(domain, terms), own
+        )
+
+    def fuse(self, domain: int, fused: Memory, extract: Memory, private: Memory, names: Names) -> Asking:
         yield from ()
         return Written((self._taste(fused_after(fused.weights, extract.weights, private.weights), fused.updates + 1),))
 
-    def fuse_at_once(
-        self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Asking:
+    def fuse_at_once(self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: Names) -> Asking:
         yield from ()
-        terms = {term for memory in privates.values() for term in memory.weights}
         own = privates[domain].weights if domain in privates else {}
-        extract = relevant_elsewhere(
-            [privates[d].weights for d in sorted(privates)], self._features.known_in(domain, terms), own
-        )
+        extract = self._relevant(domain, privates, own)
         return Written((self._taste(fused_after(fused.weights, extract, own), fused.updates + 1),))
 
-    def items(
-        self,
-        user: Memory,
-        real: Memory,
-        other: Memory,
-        outcome: Outcome,
-        names: tuple[str | int, ...],
-        *,
-        update_negative: bool,
-    ) -> Asking:
+    def items(self, user: Memory, pair: Pair, outcome: Outcome, names: Names, *, update_negative: bool) -> Asking:
         yield from ()
         written = []
+        real, other = pair
         for memory, shown, rate in ((real, outcome.real, 1.0), (other, outcome.other, NEGATIVE_AUDIENCE_RATE)):
             if rate < 0 and not update_negative:
                 written.append(memory)
@@ -166,9 +141,7 @@ class StructuredWriter:
             written.append(Memory(text, weights, memory.updates + 1))
         return Written(tuple(written))
 
-    def tags(
-        self, memories: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Generator[Sequence[Call], list[Answer], tuple[tuple[str, ...], Cost]]:
+    def tags(self, memories: Mapping[int, Memory], names: Names) -> AskingTags:
         yield from ()
         total: Weights = {}
         for domain in sorted(memories):
@@ -190,7 +163,7 @@ class LlmWriter:
         self._seed = seed
         self._temperature = temperature
 
-    def _request(self, site: str, chat: Chat, words: int, names: tuple[str | int, ...], schema: str = "") -> Request:
+    def _request(self, site: str, chat: Chat, words: int, names: Names, schema: str = "") -> Request:
         return Request(
             messages=chat,
             max_tokens=min(800, 2 * words + 16),
@@ -200,7 +173,7 @@ class LlmWriter:
             site=site,
         )
 
-    def _write(self, site: str, chat: Chat, old: Memory, words: int, names: tuple[str | int, ...]) -> Asking:
+    def _write(self, site: str, chat: Chat, old: Memory, words: int, names: Names) -> Asking:
         request = self._request(site, chat, words, names)
         key = call_key(self._fingerprint, request)[:16]
         tokens_in = tokens_out = 0
@@ -214,58 +187,49 @@ class LlmWriter:
                 return Written((Memory(text, {}, old.updates + 1),), Cost(key, tokens_in, tokens_out))
         return Written((old,), Cost(key, tokens_in, tokens_out, ok=False, fault="empty text"))
 
-    def private(self, memory: Memory, outcome: Outcome, names: tuple[str | int, ...]) -> Asking:
+    def _ask(
+        self, site: str, chat: Chat, words: int, names: Names, schema: str
+    ) -> Generator[Sequence[Call], list[Answer], tuple[Any, Cost]]:
+        """A JSON value that obeys `schema`, None where the repair ladder did not help, and what it cost."""
+        request = self._request(site, chat, words, names, schema)
+        key = call_key(self._fingerprint, request)[:16]
+        value, tokens_in, tokens_out = yield from ask_json(request)
+        if isinstance(value, MalformedAnswer):
+            return None, Cost(key, tokens_in, tokens_out, ok=False, fault=value.reason)
+        return value, Cost(key, tokens_in, tokens_out)
+
+    def private(self, memory: Memory, outcome: Outcome, names: Names) -> Asking:
         chat = self._questions.reflect_user(memory.text, outcome)
         return (yield from self._write("reflect_user", chat, memory, WORD_LIMITS["private"], names))
 
-    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: tuple[str | int, ...]) -> Asking:
+    def extract(self, domain: int, others: Mapping[int, Memory], own: Memory, names: Names) -> Asking:
+        if self._questions.is_single_domain:
+            return Written((Memory(),))  # step one reads private_{d'}, d' != d: there never is one
         chat = self._questions.fuse_extract(domain, {d: memory.text for d, memory in others.items()})
         return (yield from self._write("fuse_extract", chat, Memory(), WORD_LIMITS["private"], names))
 
-    def fuse(
-        self, domain: int, fused: Memory, extract: Memory, private: Memory, names: tuple[str | int, ...]
-    ) -> Asking:
+    def fuse(self, domain: int, fused: Memory, extract: Memory, private: Memory, names: Names) -> Asking:
         chat = self._questions.fuse(domain, fused.text, extract.text, private.text)
         return (yield from self._write("fuse", chat, fused, WORD_LIMITS["fused"], names))
 
-    def fuse_at_once(
-        self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Asking:
+    def fuse_at_once(self, domain: int, fused: Memory, privates: Mapping[int, Memory], names: Names) -> Asking:
         chat = self._questions.fuse_one_call(domain, fused.text, {d: memory.text for d, memory in privates.items()})
         return (yield from self._write("fuse_one_call", chat, fused, WORD_LIMITS["fused"], names))
 
-    def items(
-        self,
-        user: Memory,
-        real: Memory,
-        other: Memory,
-        outcome: Outcome,
-        names: tuple[str | int, ...],
-        *,
-        update_negative: bool,
-    ) -> Asking:
+    def items(self, user: Memory, pair: Pair, outcome: Outcome, names: Names, *, update_negative: bool) -> Asking:
         chat, schema = self._questions.reflect_items(user.text, outcome)
-        request = self._request("reflect_items", chat, 2 * WORD_LIMITS["item"], names, schema)
-        key = call_key(self._fingerprint, request)[:16]
-        value, tokens_in, tokens_out = yield from ask_json(request)
-        if isinstance(value, MalformedAnswer):
-            return Written((real, other), Cost(key, tokens_in, tokens_out, ok=False, fault=value.reason))
+        value, cost = yield from self._ask("reflect_items", chat, 2 * WORD_LIMITS["item"], names, schema)
+        if value is None:
+            return Written(pair, cost)
         written = [
             Memory(text, {}, memory.updates + 1) if (text := word_limit(said, WORD_LIMITS["item"])) else memory
-            for memory, said in ((real, value["positive"]), (other, value["negative"]))
+            for memory, said in zip(pair, (value["positive"], value["negative"]), strict=True)
         ]
         if not update_negative:
-            written[1] = other
-        return Written(tuple(written), Cost(key, tokens_in, tokens_out))
+            written[1] = pair[1]
+        return Written(tuple(written), cost)
 
-    def tags(
-        self, memories: Mapping[int, Memory], names: tuple[str | int, ...]
-    ) -> Generator[Sequence[Call], list[Answer], tuple[tuple[str, ...], Cost]]:
+    def tags(self, memories: Mapping[int, Memory], names: Names) -> AskingTags:
         chat, schema = self._questions.tags({d: memory.text for d, memory in memories.items()})
-        request = self._request("tags", chat, 60, names, schema)
-        key = call_key(self._fingerprint, request)[:16]
-        value, tokens_in, tokens_out = yield from ask_json(request)
-        if isinstance(value, MalformedAnswer):
-            return (), Cost(key, tokens_in, tokens_out, ok=False, fault=value.reason)
-        tags = tuple(dict.fromkeys(tag.strip().lower() for tag in value if tag.strip()))
-        return tags, Cost(key, tokens_in, tokens_out)
+        value, cost = yield from self._ask("tags", chat, 60, names, schema)
+        return tuple(dict.fromkeys(tag.strip().lower() for tag in value or () if tag.strip())), cost

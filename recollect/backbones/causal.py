@@ -109,8 +109,8 @@ class CausalReader:
         """Read planned segments, each once, pass by pass.
 
         Yields:
-            The segments of the pass, the (segment, want) pairs with their logits rows, and the `Past` of those in
-            `keep`.
+            The segments of the pass, the (want, logits row) pairs, and the `Past` of those in `keep`. The rows are
+            views of one (wants, V) float32 block, the largest thing in memory: the list is emptied on the next pass.
         """
         keep = frozenset(keep)
         pasts: dict[int, Past] = {}
@@ -135,7 +135,10 @@ class CausalReader:
                     if index in keep:
                         kept[index] = past
             at = {place: line for line, place in enumerate(places)}
-            yield batch, [(want, logits[at[row, want[0]]]) for row, want in wants], kept
+            answers = [(want, logits[at[row, want[0]]]) for row, want in wants]
+            del logits, block  # else two passes' blocks would be held at once
+            yield batch, answers, kept
+            answers.clear()
 
     def stack(self, pasts: Sequence[Past | None]) -> Block:
         """A block whose rows have these pasts (None: nothing read yet)."""

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16"]
 # Grouping of the calls of one batch: rows read in one plan, so that the caches of a plan fit in memory.
 PLAN_TOKENS = 32_768
+# Rows of logits turned into log-probabilities at once: each costs the vocabulary twice over in float32.
+LOGIT_ROWS = 256
 
 
 class TransformersBackbone:
@@ -230,15 +232,26 @@ class TransformersBackbone:
             add_wants(segments, ends[branch], context + continuation, len(context), branch)
         parts = [np.zeros(len(continuation)) for _, continuation in branches]
         for _, answers, _ in self._reader.read_tree(segments):
-            if not answers:
-                continue
-            tokens = torch.tensor([want[1] for want, _ in answers], device=self.device)
-            logits = torch.stack([row for _, row in answers])
-            log_probs = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).cpu().tolist()
-            for (want, _), log_prob in zip(answers, log_probs, strict=True):
+            wants = [want for want, _ in answers]
+            for want, log_prob in zip(wants, self._log_probs(answers), strict=True):
                 parts[want[2]][want[3]] = log_prob
         sums = iter([float(part.sum()) for part in parts])
         return [tuple(next(sums) for _ in continuations) for _, continuations in group]
+
+    def _log_probs(self, answers: list[tuple[tuple[int, int, int, int], torch.Tensor]]) -> list[float]:
+        """Log-probability of each wanted token, from some rows of logits at a time.
+
+        The parts are of nearly equal size, so that none has a single row: torch sums one row in another order.
+        """
+        n_parts = max(1, -(-len(answers) // LOGIT_ROWS))
+        size = -(-len(answers) // n_parts)
+        found: list[float] = []
+        for start in range(0, len(answers), max(1, size)):
+            part = answers[start : start + size]
+            tokens = torch.tensor([want[1] for want, _ in part], device=self.device)
+            logits = torch.stack([row for _, row in part])
+            found += (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).cpu().tolist()
+        return found
 
     def _answering(self, request: Request, prompt: tuple[int, ...]) -> Answering:
         constraint = self._constraints.start(request.schema) if request.schema else None

@@ -51,7 +51,7 @@ def read_amazon(folder: Path) -> RawTables:
             raise DataError(f"{folder} holds two review files of the domain {domain!r}; keep one")
         domains.append(domain)
         log = _reviews_json(path) if ".json" in path.name else _reviews_table(path)
-        label = pa.DictionaryArray.from_arrays(pa.array([0] * log.num_rows, pa.int32()), pa.array([domain]))
+        label = pa.DictionaryArray.from_arrays(np.zeros(log.num_rows, dtype=np.int32), pa.array([domain]))
         logs.append(log.append_column("domain", label))
         meta = next((other for other in sorted(root.glob("meta_*")) if domain_of(other) == domain), None)
         if meta is not None:
@@ -59,7 +59,7 @@ def read_amazon(folder: Path) -> RawTables:
             items_files.append(str(meta))
     return RawTables(
         name=root.resolve().name,
-        log=pa.concat_tables(logs).unify_dictionaries(),
+        log=pa.concat_tables(logs),  # dictionaries differ by file until `assemble` unifies them, once
         log_file=", ".join(str(path) for path in reviews),
         log_parts=tuple((str(path), log.num_rows) for path, log in zip(reviews, logs, strict=True)),
         items=_first_of_each(pa.concat_tables(items)) if items else None,
@@ -93,9 +93,16 @@ def _reviews_json(path: Path) -> pa.Table:
     kinds = {name: pa.float64() if target in ("rating", "timestamp") else pa.string() for target, name in names.items()}
     table = read_json_lines(path, kinds).rename_columns(list(names))
     for target in ("user_id", "item_id"):
-        at = table.column_names.index(target)
-        table = table.set_column(at, target, table[target].dictionary_encode())
+        table = table.set_column(table.column_names.index(target), target, _encoded(table[target]))
     return _canonical(table, names)
+
+
+def _encoded(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    """A text column as one chunk of codes. Arrow encodes all chunks with one dictionary but hashes it again for each
+    chunk wherever chunks meet, which took longer than reading the file."""
+    encoded = column.dictionary_encode()
+    codes = pa.chunked_array([chunk.indices for chunk in encoded.chunks]).combine_chunks()
+    return pa.DictionaryArray.from_arrays(codes, encoded.chunk(0).dictionary)
 
 
 def _reviews_table(path: Path) -> pa.Table:

@@ -7,18 +7,20 @@ Everything below is our own design; it claims no realism beyond what is written 
 Items.  Item i of domain d has a theme, a mood (both shared by all domains), a kind (of that domain), a make (no
 effect) and a quality q_i ~ N(0, 1).  All but the quality are said in title, categories and text.
 
-Tastes.  Group g has a theme taste A_g and a mood taste B_g, N(0, 1) each.  A user of group g has
-    a_u = sqrt(r) A_g + sqrt(1 - r) e_u,   b_u likewise from B_g,   r = group_share,
-a kind taste c_ud ~ N(0, 1) in each domain, and a sign z_ud: +1 everywhere for most users; a share `conflict_share`
-of users has z_ud = -1 in half of the domains (rounded down), drawn at random: what they love as a film, they avoid
-as a mug.
+Tastes.  The interest of group g are the themes 2g and 2g + 1 (modulo their number): its theme taste A_g is equally high
+on these, equally low on all others, with mean 0 and variance 1.  A user of group g has
+    a_u = sqrt(r) A_g + sqrt(1 - r) e_u,   e_u ~ N(0, 1) for each theme,   r = group_share,
+a mood taste b_u ~ N(0, 1) of their own, a kind taste c_ud ~ N(0, 1) in each domain, and a sign z_ud: +1 everywhere for
+most users; a share `conflict_share` of users has z_ud = -1 in half of the domains (rounded down), drawn at random: what
+they love as a film, they avoid as a mug.
 
 Utility of item i, of domain d, for user u at time t, in units of the noise of the choice:
-    v_ui    = shared_weight z_ud (a_u[theme_i] + b_u[mood_i] / 2) + domain_weight c_ud[kind_i]
+    v_ui    = shared_weight z_ud (a_u[theme_i] + b_u[mood_i] / 4) + domain_weight c_ud[kind_i]
     U_ui(t) = v_ui + quality_weight q_i + shock_strength s_gi(t),
 where s_gi(t) = 1 iff item i belongs to a shock of u's group g that is open at t.  A group has `shocks_per_group`
 shocks; shock k of group g is open for `shock_days` and takes `shock_items` random items of domain (g + k) mod D.
-The last shock of every group closes with the world's end, so the last events of its members fall into it.
+Shocks come in rounds of one per domain (D of them, the last round may have fewer).  The last round closes with the
+world's end, the others earlier at equal distances, so the last events of a user fall into an open shock.
 
 Choices.  An event has a domain, drawn from the user's own domain shares (Dirichlet(`domain_evenness`)), and
     P(i | u, t, d) = exp(U_ui(t) / temperature) / sum_j exp(U_uj(t) / temperature)
@@ -46,7 +48,9 @@ from recollect.types import Catalog, Dataset, Interactions, Users
 START = 1_704_067_200  # 2024-01-01 00:00:00 UTC
 DAY = 86_400
 RATING_THRESHOLDS = (-0.6, 0.0, 0.6, 1.4)
-WORLD_VERSION = "1"
+WORLD_VERSION = "2"
+THEMES_PER_GROUP = 2
+MOOD_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class HarborConfig:
     max_events: int = 30
     """Most events of a user, at most the items of one domain."""
     n_groups: int = 4
-    group_share: float = 0.7
-    """Share of the variance of a taste that the group explains."""
-    conflict_share: float = 0.4
+    group_share: float = 0.85
+    """Share of the variance of a user's theme taste that the group explains."""
+    conflict_share: float = 0.25
     """Share of users whose shared taste is reversed in half of the domains."""
     shared_weight: float = 1.6
     domain_weight: float = 0.8
@@ -74,7 +78,7 @@ class HarborConfig:
     shocks_per_group: int = 12
     shock_items: int = 8
     shock_days: int = 40
-    domain_evenness: float = 1.0
+    domain_evenness: float = 3.0
     """Concentration of the Dirichlet of a user's domain shares: large = every domain alike, small = cold domains."""
     temperature: float = 1.0
     rating_noise: float = 0.5
@@ -147,7 +151,7 @@ class Truth:
         """v_ui: what pleases the users, without quality and shock; users (U',), items (I',) -> (U', I')."""
         users, items = np.asarray(users), np.asarray(items)
         row = users[:, None]
-        shared = self.theme_taste[row, self.theme[items]] + 0.5 * self.mood_taste[row, self.mood[items]]
+        shared = self.theme_taste[row, self.theme[items]] + MOOD_WEIGHT * self.mood_taste[row, self.mood[items]]
         domain = self.item_domain[items]
         own = self.kind_taste[row, domain, self.kind[items]]
         return self.config.shared_weight * self.sign[row, domain] * shared + self.config.domain_weight * own
@@ -278,10 +282,9 @@ def _draw_truth(config: HarborConfig, seed: int) -> tuple[Truth, np.ndarray, np.
     draw = stream(seed, "harbor", "users")
     group = draw.permutation(np.arange(config.n_users) % config.n_groups)
     own, common = np.sqrt(1 - config.group_share), np.sqrt(config.group_share)
-    group_theme = draw.standard_normal((config.n_groups, len(THEMES)))
-    group_mood = draw.standard_normal((config.n_groups, len(MOODS)))
-    theme_taste = common * group_theme[group] + own * draw.standard_normal((config.n_users, len(THEMES)))
-    mood_taste = common * group_mood[group] + own * draw.standard_normal((config.n_users, len(MOODS)))
+    theme_taste = common * _interests(config.n_groups)[group]
+    theme_taste += own * draw.standard_normal((config.n_users, len(THEMES)))
+    mood_taste = draw.standard_normal((config.n_users, len(MOODS)))
     kind_taste = draw.standard_normal((config.n_users, config.n_domains, len(DOMAINS[0].kinds)))
     domain_share = draw.dirichlet(np.full(config.n_domains, config.domain_evenness), size=config.n_users)
     sign = np.ones((config.n_users, config.n_domains), dtype=np.int64)
@@ -306,15 +309,24 @@ def _draw_truth(config: HarborConfig, seed: int) -> tuple[Truth, np.ndarray, np.
     return truth, make, noun
 
 
+def _interests(n_groups: int) -> np.ndarray:
+    """A_g of every group, (n_groups, themes), rows of mean 0 and variance 1."""
+    taste = np.zeros((n_groups, len(THEMES)))
+    themes = (THEMES_PER_GROUP * np.arange(n_groups)[:, None] + np.arange(THEMES_PER_GROUP)) % len(THEMES)
+    np.put_along_axis(taste, themes, 1.0, axis=1)
+    return (taste - taste.mean(axis=1, keepdims=True)) / taste.std(axis=1, keepdims=True)
+
+
 def _draw_shocks(config: HarborConfig, seed: int) -> tuple[Shock, ...]:
     draw = stream(seed, "harbor", "shocks")
     first_end, last_end = config.shock_days, config.days
+    n_rounds = -(-config.shocks_per_group // config.n_domains)
     shocks = []
     for group in range(config.n_groups):
         for number in range(config.shocks_per_group):
             domain = (group + number) % config.n_domains
             items = np.sort(draw.permutation(config.items_per_domain)[: config.shock_items])
-            share = (number + 1) / config.shocks_per_group
+            share = (number // config.n_domains + 1) / n_rounds
             end = START + round((first_end + (last_end - first_end) * share) * DAY)
             shocks.append(
                 Shock(group, domain, items + domain * config.items_per_domain, end - config.shock_days * DAY, end)

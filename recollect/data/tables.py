@@ -22,6 +22,7 @@ import pyarrow.json
 from recollect.errors import DataError
 
 BLOCK_BYTES = 16 << 20  # a row of a big table must fit in two adjacent blocks at most
+JSON_BLOCK_BYTES = 4 << 20  # likewise for JSON lines, whose parser is a third slower on larger blocks
 LINE_BYTES = 1 << 20  # a line of a catalogue or user file
 ID = pa.dictionary(pa.int32(), pa.string())
 
@@ -190,7 +191,7 @@ def read_json_lines(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     try:
         table = pyarrow.json.read_json(
             _open(path),
-            read_options=pyarrow.json.ReadOptions(block_size=BLOCK_BYTES),
+            read_options=pyarrow.json.ReadOptions(block_size=JSON_BLOCK_BYTES),
             parse_options=pyarrow.json.ParseOptions(
                 explicit_schema=pa.schema(list(columns.items())), unexpected_field_behavior="ignore"
             ),

@@ -271,6 +271,14 @@ class Journal:
             **({"poisoned": counters["poisoned"]} if counters["poisoned"] else {}),
         }
 
+    def costs(self) -> dict[str, dict[str, float]]:
+        """{call site: {"requests", "prompt_tokens", "completion_tokens", "seconds"}}, sums over the recorded calls."""
+        names = ("requests", "prompt_tokens", "completion_tokens", "seconds")
+        sums = _SUMS.replace("SELECT ", "SELECT site, ", 1)
+        with self._database.reading() as execute:
+            rows = execute(f"{sums} GROUP BY site ORDER BY site").fetchall()
+        return {site: dict(zip(names, numbers, strict=True)) for site, *numbers in rows}
+
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     @property

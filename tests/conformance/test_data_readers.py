@@ -15,6 +15,7 @@ from recollect.data import (
     load_dataset,
     read_folder,
     read_kind,
+    tables,
 )
 
 GENRES = 19
@@ -271,3 +272,21 @@ def test_importing_the_package_loads_no_reader():
 
     code = "import sys, recollect.data; sys.exit(any(name.startswith('pyarrow') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_amazon_reviews_read_in_many_blocks_are_those_read_in_one(tmp_path, monkeypatch):
+    rows = [(f"u{n * 7 % 40}", f"i{n * 11 % 60}", n % 5 + 1, 1_600_000_000_000 + n * 1000) for n in range(400)]
+    lines = [
+        json.dumps({"user_id": u, "parent_asin": i, "rating": r, "timestamp": t, "text": "x" * 50})
+        for u, i, r, t in rows
+    ]
+    for name in ("Books", "Games"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    whole = read_kind("amazon", tmp_path)
+    monkeypatch.setattr(tables, "JSON_BLOCK_BYTES", 1000)
+    assert fingerprint(read_kind("amazon", tmp_path)) == fingerprint(whole)
+    log = whole.interactions
+    assert {
+        (whole.users.user_ids[u], whole.catalog.item_ids[i], int(r), int(t))
+        for u, i, r, t in zip(log.user, log.item, log.rating, log.time, strict=True)
+    } == {(u, i, r, t // 1000) for u, i, r, t in rows}

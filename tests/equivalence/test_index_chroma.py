@@ -1,23 +1,19 @@
 """Chroma gives the hits of the exact index, on disk and over the wire, and comes back after any damage."""
 
-import contextlib
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.chroma_server import Server
 
 from recollect.agents.chroma_index import ChromaIndex
+from recollect.agents.chroma_store import ChromaStore
 from recollect.agents.memory_index import ExactIndex, IndexRow
 from recollect.errors import ConfigError, DataError, InputError, RecollectError, ServerAway
 
 pytest.importorskip("chromadb")
+from chromadb.errors import InternalError, NotFoundError
 
 DIMENSION = 16
 
@@ -209,40 +205,52 @@ def test_callers_mistakes_do_not_trigger_a_rebuild(tmp_path):
         ChromaIndex("ftp://somewhere")
 
 
+def test_what_is_not_the_stores_fault_is_passed_on_without_a_rebuild(tmp_path, monkeypatch):
+    index = ChromaIndex(tmp_path / "index")
+    index.upsert("memories", some_rows(5))
+    for error in (TypeError("a programming error"), ValueError("another"), KeyboardInterrupt(), MemoryError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(index._store, "candidates", raising(error))
+            with pytest.raises(type(error)):
+                index.query("memories", some_queries(1), 2)
+    assert index.rebuilt == 0
+    index.close()
+
+
+Panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+
+@pytest.mark.parametrize(
+    "error", [InternalError("disk I/O error"), NotFoundError("gone"), Panic("index out of bounds"), OSError("gone")]
+)
+def test_a_failing_store_is_rebuilt_and_the_log_names_the_reason(tmp_path, monkeypatch, caplog, error):
+    rows = some_rows(20)
+    index = ChromaIndex(tmp_path / "index")
+    index.upsert("memories", rows)
+    monkeypatch.setattr(index._store, "candidates", raising(error))  # the rebuilt store is another object
+    assert_equal(index, exact_of(rows))
+    assert index.rebuilt == 1
+    assert f"rebuilt: {type(error).__name__}: {error}" in caplog.text
+    index.close()
+
+
+def test_a_store_that_fails_again_when_rebuilt_ends_in_one_clear_error(tmp_path, monkeypatch):
+    index = ChromaIndex(tmp_path / "index")
+    index.upsert("memories", some_rows(5))
+    monkeypatch.setattr(ChromaStore, "candidates", raising(InternalError("database or disk is full")))
+    with pytest.raises(RecollectError, match="fails even when rebuilt: InternalError: database or disk is full"):
+        index.query("memories", some_queries(1), 2)
+    index.close()
+
+
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
 # -- a real server --------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """`chroma run` on a free loopback port."""
-
-    def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    def start(self):
-        program = Path(sys.executable).parent / "chroma"
-        if not program.exists():
-            pytest.skip("the chroma command is not installed beside this Python")
-        self.process = subprocess.Popen(
-            [str(program), "run", "--path", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(400):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            assert self.process.poll() is None, "the Chroma server ended at once"
-            time.sleep(0.1)
-        raise AssertionError("the Chroma server did not start within 40 s")
-
-    def kill(self):
-        if self.process is not None and self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture

@@ -254,6 +254,26 @@ def test_a_training_step_of_a_writing_model_costs_exactly_the_calls_of_the_metho
     assert all(sites == expected for sites in asked.values())
 
 
+def test_with_a_single_domain_nothing_is_extracted_from_others_and_a_step_costs_four_calls(tmp_path):
+    config = HarborConfig(n_users=4, n_domains=1, items_per_domain=30, min_events=6, max_events=7, shock_items=2)
+    one = build_harbor(config, seed=4).dataset
+    played = play(one, tmp_path, reader(), one_by_one=True, order="paper", max_failed=1.0, **WRITTEN)
+    trained = [step for step in played.plan.steps if step.kind in ("train", "learn")]
+    for step in trained:
+        asked = [call.site for number, call in played.prompts if number == step.number]
+        assert asked == ["choice_explain", "reflect_user", "fuse", "reflect_items"]
+    assert len(played.of("fuse_extract")) == len(trained)
+    assert {event["prompt_hash"] for event in played.of("fuse_extract")} == {""}
+
+
+def test_fused_memory_exists_only_for_domains_that_the_user_learned_in(world, tmp_path):
+    """The specification's isolation rule: a step in one domain writes that domain's memories and no other's."""
+    played = play(world, tmp_path, reader(), one_by_one=True, interactions_per_user=2, held_out=1)
+    learned = {(event["user"], event["domain"]) for event in played.of("private")}
+    fused = {(event["user"], event["key"].removeprefix("fused:")) for event in played.of("fuse")}
+    assert fused == learned
+
+
 @pytest.mark.parametrize(("order", "calls"), [("both", 2), ("paper", 1)])
 def test_a_training_step_of_the_structured_writer_costs_its_decision_alone(world, tmp_path, order, calls):
     played = play(world, tmp_path, reader(), one_by_one=True, order=order, interactions_per_user=3, held_out=1)

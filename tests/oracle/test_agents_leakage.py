@@ -11,6 +11,7 @@ from support.agent_worlds import data_block, play, prompt_text, reader, seen, us
 
 from recollect.agents.agentcf import AgentCF
 from recollect.agents.observed import observe
+from recollect.agents.ranking import rank_slate
 from recollect.backbones.protocol import Chosen, Scoring
 from recollect.backbones.scripted import ScriptedBackbone
 from recollect.data import HarborConfig, build_harbor
@@ -275,7 +276,7 @@ def test_with_the_official_codes_memory_a_training_decision_reads_the_fused_memo
 
 
 def asked_by(agents: AgentCF, domain, memory, real, other):
-    generator = agents._choose(domain, memory, real, other, ("somebody", 0))
+    generator = agents.choose(domain, memory, real, other, ("somebody", 0))
     calls = next(generator)
     return generator, calls
 
@@ -290,8 +291,8 @@ def test_swapping_the_real_item_and_the_other_asks_the_same_questions(world, tra
     for row, negative in list(trained.plan.negatives.items())[:20]:
         user, item = int(world.interactions.user[row]), int(world.interactions.item[row])
         domain = int(world.interactions.domain[row])
-        memory = agents._read_memory(user, domain, 2**40, training=True)
-        real, other = agents._shown(item), agents._shown(negative)
+        memory = agents.read_memory(user, domain, 2**40, training=True)
+        real, other = agents.shown(item), agents.shown(negative)
         _, calls = asked_by(agents, domain, memory, real, other)
         _, swapped = asked_by(agents, domain, memory, other, real)
         assert set(calls) == set(swapped)
@@ -305,7 +306,7 @@ def test_nothing_in_a_slate_depends_on_which_candidate_is_real(world, trained):
         object.__setattr__(moved, "target", (moved.target + 1) % moved.size)
         asked = []
         for given_slates, at in ((slates, case), (moved, 0)):
-            generator = agents._rank(0, given_slates, at, "calibrate")
+            generator = rank_slate(agents, 0, given_slates, at, "calibrate")
             asked.append(next(generator))
         assert asked[0] == asked[1]
         assert all(isinstance(call, Scoring) for call in asked[0])
@@ -318,8 +319,8 @@ finite = st.floats(-30, 30, allow_nan=False)
 @given(first=finite, second=finite)
 def test_the_two_orders_give_probabilities_that_sum_to_one(world, trained, first, second):
     agents = trained.agents
-    a, b = agents._shown(0), agents._shown(1)
-    memory = agents._read_memory(0, 0, 2**40, training=True)
+    a, b = agents.shown(0), agents.shown(1)
+    memory = agents.read_memory(0, 0, 2**40, training=True)
 
     def decided(real, other):
         generator, calls = asked_by(agents, 0, memory, real, other)

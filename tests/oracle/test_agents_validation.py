@@ -98,6 +98,7 @@ def checked(lovers, who):
         agent=weights / weights.sum(axis=1, keepdims=True),
         rivals={},
         ablations={},
+        memories={},
         layers=(),
         calibration_utility=utilities[0],
         test_utility=utilities[1],
@@ -137,14 +138,14 @@ def test_agents_told_their_own_test_items_come_out_near_one(tmp_path):
     answers = {}
     for row in plan.population.held_out.tolist():
         answers.setdefault(int(log.user[row]), []).append(str(dataset.catalog.titles[log.item[row]]).lower())
-    honest = AgentCF._read_memory
+    honest = AgentCF.read_memory
 
     def told(self, user, domain, now, *, training):
         memory = honest(self, user, domain, now, training=training)
         return memory if training else {**memory, "private": f"Likes {', '.join(answers[user])}.", "fused": ""}
 
     blind = run(dataset, tmp_path / "honest")
-    with mock.patch.object(AgentCF, "_read_memory", told):
+    with mock.patch.object(AgentCF, "read_memory", told):
         leaked = run(dataset, tmp_path / "told")
     assert leaked.metrics["ranking/mrr"]["value"] > 0.97
     assert leaked.metrics["ranking/hr@1"]["value"] > 0.95
@@ -167,3 +168,11 @@ def test_a_model_without_an_opinion_leaves_the_agents_what_their_memories_say(tm
     report = simulate(dataset, backbone=InProcess(backbone), embedder=backbone, out=str(tmp_path / "out"), **OPTIONS)
     assert report.baselines["language-model-alone"]["ranking/mrr"]["value"] == pytest.approx(0.292897, abs=1e-4)
     assert report.metrics["choice/accuracy"]["value"] == 0.5
+    alone = report.sections["memories_alone"]
+    parts = alone["ablations"]
+    assert set(parts) == {"memories-alone-without-groups", "memories-alone-without-fusion"}
+    for part in parts.values():
+        gain = alone["ranking/mrr"]["value"] - part["ranking/mrr"]["value"]
+        assert part["gain"]["value"] == pytest.approx(gain, abs=1e-9)
+    (table,) = (panel for panel in report.sections["panels"] if "memories alone" in panel["title"])
+    assert [row[0] for row in table["rows"]] == ["nothing", "groups", "fusion"]

@@ -109,6 +109,31 @@ def test_only_members_buy_shocked_items_more_in_the_window():
     assert member > 4 * other
 
 
+def test_the_last_weeks_see_a_shock_of_every_group_in_every_domain():
+    world = build_harbor(seed=0)
+    truth, config = world.truth, world.config
+    last = world.dataset.interactions.time.max()
+    for moment in (last, last - (config.shock_days - 1) * 86_400):
+        live = {(shock.group, shock.domain) for shock in truth.shocks if shock.start <= moment < shock.end}
+        assert live == {(group, domain) for group in range(config.n_groups) for domain in range(config.n_domains)}
+    one_each = build_harbor(HarborConfig(shocks_per_group=1), seed=0).truth
+    assert [shock.domain for shock in one_each.shocks] == [0, 1, 2, 3]
+    assert {shock.end for shock in one_each.shocks} == {shock.end for shock in truth.shocks[-4:]}
+
+
+def test_what_a_group_shares_are_two_themes_and_no_mood():
+    truth = build_harbor(HarborConfig(group_share=1.0), seed=0).truth
+    for group in range(4):
+        themes = truth.theme_taste[truth.group == group]
+        assert (themes == themes[0]).all()
+        assert np.flatnonzero(themes[0] > 0).tolist() == [2 * group, 2 * group + 1]
+        assert themes[0].mean() == pytest.approx(0.0)
+        assert themes[0].std() == pytest.approx(1.0)
+    moods = np.corrcoef(truth.mood_taste)
+    together = (truth.group[:, None] == truth.group[None, :]) & ~np.eye(120, dtype=bool)
+    assert abs(moods[together].mean() - moods[truth.group[:, None] != truth.group[None, :]].mean()) < 0.05
+
+
 def test_without_strength_there_is_no_difference_between_members_and_others():
     rates, totals = shock_rates(build_harbor(HarborConfig(shock_strength=0.0, n_users=400), seed=0))
     pooled = (rates * totals).sum() / totals.sum()

@@ -89,10 +89,19 @@ def test_coverage_never_falls_with_the_number_of_groups_kept(members, by):
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.integers(0, 8), st.sets(st.integers(0, 12), min_size=2, max_size=6), min_size=2, max_size=9))
-def test_the_first_group_kept_by_coverage_covers_most_users(members):
+def test_the_first_group_kept_by_coverage_is_the_largest_of_at_most_half_of_the_users(members):
     occurrences = {label: len(who) for label, who in members.items()}
     (first,) = rank_clusters(members, occurrences, 1, "coverage")
-    assert len(members[first]) == max(len(who) for who in members.values())
+    half = len(set().union(*members.values())) / 2
+    communities = [len(who) for who in members.values() if len(who) <= half]
+    assert len(members[first]) == max(communities or [len(who) for who in members.values()])
+
+
+def test_a_cluster_of_nearly_everybody_comes_after_the_communities():
+    members = {0: set(range(9)), 1: {0, 1, 2}, 2: {5, 6}}
+    occurrences = {label: len(who) for label, who in members.items()}
+    assert rank_clusters(members, occurrences, 3, "coverage") == [1, 2, 0]
+    assert rank_clusters(members, occurrences, 3, "occurrences") == [0, 1, 2]
 
 
 def test_by_occurrences_ranks_by_user_tag_pairs_not_by_users():
@@ -148,19 +157,44 @@ def test_a_view_equals_a_filter_over_the_whole_log(listed, members, domain, now,
     assert found.tolist() == dataset.interactions.item[rows[-count:]].tolist()
 
 
-@settings(max_examples=100, deadline=None)
-@given(events, st.sets(st.integers(0, 5)), st.integers(0, 1), st.integers(-1, 32), st.integers(0, 5))
-def test_popularity_in_groups_counts_each_event_of_others_once_and_forgets_by_age(listed, members, domain, now, user):
-    dataset, views, n_users = made(listed)
-    members = tuple(sorted(member for member in members if member < n_users))
-    rows = brute_force(dataset, members, domain, now, user)
-    expected = {}
+def weighted(dataset, rows):
+    """{item: sum of 2^(-age/50)}, the last row of age 0."""
+    counts = {}
     for age, row in enumerate(reversed(rows)):
         item = int(dataset.interactions.item[row])
-        expected[item] = expected.get(item, 0.0) + 2.0 ** (-age / 50.0)
-    # A member of two groups is counted once.
-    found = views.popularity([Group("g", (), members), Group("h", (), members)], domain, now, user)
-    assert found == pytest.approx(expected)
+        counts[item] = counts.get(item, 0.0) + 2.0 ** (-age / 50.0)
+    return counts
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    events,
+    st.lists(st.sets(st.integers(0, 5)), max_size=3),
+    st.integers(0, 1),
+    st.integers(-1, 32),
+    st.integers(0, 5),
+)
+def test_popularity_in_groups_is_the_mean_of_their_memories_in_inverse_proportion_to_size(
+    listed, drawn, domain, now, user
+):
+    dataset, views, n_users = made(listed)
+    groups = [Group("g", (), tuple(sorted(member for member in members if member < n_users))) for members in drawn]
+    held = [group for group in groups if group.members]
+    expected = {}
+    for group in held:
+        share = (1 / len(group.members)) / sum(1 / len(other.members) for other in held)
+        for item, count in weighted(dataset, brute_force(dataset, group.members, domain, now, user)).items():
+            expected[item] = expected.get(item, 0.0) + share * count
+    assert views.popularity(groups, domain, now, user) == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(events, st.sets(st.integers(0, 5)), st.integers(0, 1), st.integers(-1, 32), st.integers(0, 5))
+def test_a_group_that_is_listed_twice_says_no_more_than_once(listed, members, domain, now, user):
+    _, views, n_users = made(listed)
+    group = Group("g", (), tuple(sorted(member for member in members if member < n_users)))
+    once = views.popularity([group], domain, now, user)
+    assert views.popularity([group, group], domain, now, user) == pytest.approx(once)
 
 
 @settings(max_examples=100, deadline=None)
