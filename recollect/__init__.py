@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from recollect.backbones.resolve import open_backbone, open_embedder
     from recollect.data import describe, fetch, import_dataset, load_dataset
     from recollect.errors import RecollectError
+    from recollect.recommenders.evaluate import evaluate
+    from recollect.recommenders.prompt_rank import prompt_rank
     from recollect.types import Catalog, Dataset, Interactions, Ranker, Report, Split, Users
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "evaluate": "recollect.recommenders.evaluate",
+    "prompt_rank": "recollect.recommenders.prompt_rank",
     "simulate": "recollect.agents.simulate",
     "open_backbone": "recollect.backbones.resolve",
     "open_embedder": "recollect.backbones.resolve",
@@ -47,16 +51,20 @@ __all__ = [
     "Users",
     "__version__",
     "describe",
+    "evaluate",
     "fetch",
     "import_dataset",
     "load_dataset",
     "open_backbone",
     "open_embedder",
+    "prompt_rank",
     "simulate",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "distill":  # a package that can be called: its name hides the function of that name
+        return importlib.import_module("recollect.distill")
     if name not in _HOME:
         raise AttributeError(f"module 'recollect' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

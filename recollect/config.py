@@ -38,6 +38,7 @@ _VERSIONED = (
     "transformers",
     "tokenizers",
     "peft",
+    "accelerate",
     "safetensors",
     "gguf",
     "llguidance",
@@ -115,13 +116,14 @@ def _option(name: str, hint: Any, default: Any, help_text: str) -> Option:
 
 
 def attribute_docstrings(config: type) -> dict[str, str]:
-    """The string literal that follows each annotated field in the class's source, whitespace folded."""
+    """The string literal after each annotated field in the source of the class and its bases, whitespace folded."""
+    inherited = [attribute_docstrings(base) for base in reversed(config.__bases__) if dataclasses.is_dataclass(base)]
+    found = {name: text for texts in inherited for name, text in texts.items()}
     try:
         source = textwrap.dedent(inspect.getsource(config))
     except OSError:  # no source at hand (zipped or frozen install): help loses its texts, nothing else
-        return {}
+        return found
     body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-    found = {}
     for statement, following in itertools.pairwise(body):
         if (
             isinstance(statement, ast.AnnAssign)

@@ -102,3 +102,7 @@ class StorageRefused(RecollectError):
     """The disk refused a write (full, read-only, quota); nothing is half-written."""
 
     exit_code = 74
+
+
+class TrainingDiverged(RecollectError):
+    """A loss or a weight became NaN or infinite; nothing later in the run could be trusted."""

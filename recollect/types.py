@@ -208,11 +208,13 @@ class Report:
         )
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per (who, metric) with value, low, high and n; needs pandas."""
+        """One row per (who, metric) with value, low, high and n, those of `models` included; needs pandas."""
         import pandas
 
         rows = [("run", metric, entry) for metric, entry in self.metrics.items()]
         rows += [(who, metric, entry) for who, table in self.baselines.items() for metric, entry in table.items()]
+        models = self.sections.get("models") or {}
+        rows += [(who, metric, entry) for who, table in models.items() for metric, entry in table.items()]
         return pandas.DataFrame(
             [
                 {

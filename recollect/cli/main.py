@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "simulate": "simulate users of a log and check them against what the real users did",
+    "evaluate": "fit recommenders and compare them on held-out events",
+    "distill": "let a language model and a conventional recommender teach each other",
+    "prompt-rank": "rank candidates by prompting, and measure accuracy and popularity bias",
     "data": "list, describe, import and fetch data sets",
     "models": "list, pull and serve the embedded models",
     "report": "draw report.html of a finished run again",
@@ -41,6 +44,7 @@ COMMANDS = {
 EXAMPLES = """examples:
   recollect simulate                       a first report, on the bundled world
   recollect simulate ml-1m --users 200     agents of 200 real users
+  recollect evaluate ml-100k               recommenders, ranked on held-out events
   recollect COMMAND --help                 options and examples of a command
 
 exit codes: 0 done, 2 bad input, 1 internal failure, 130 interrupted, 143 terminated,
@@ -89,7 +93,7 @@ def build_parser(words: Sequence[str]) -> Parser:
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary)
         if name == asked:
-            importlib.import_module(f"recollect.cli.{name}").configure(command)
+            importlib.import_module(f"recollect.cli.{name.replace('-', '_')}").configure(command)
     return parser
 
 
@@ -129,7 +133,7 @@ def _fail(message: str, code: int) -> int:
 
 def _how_to_continue(code: int, arguments: argparse.Namespace) -> str:
     out = getattr(arguments, "out", None)
-    is_run = getattr(arguments, "command", "") == "simulate"
+    is_run = getattr(arguments, "command", "") in ("simulate", "evaluate", "distill", "prompt-rank")
     if code not in RESUMABLE or not is_run or not out or not Path(out).is_dir():
         return ""
     return f"; to continue: the same command with --resume --out {out}"

@@ -18,11 +18,14 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[
 
 _LOWER_IS_BETTER = frozenset(
     {"mae", "rmse", "w1", "tv", "js", "ks", "ece", "kl", "logloss", "log_loss", "brier", "gap", "distance"}
-    | {"bias_spread", "flip_rate"}
+    | {"bias_spread", "flip_rate", "mrmc", "tokens_per_user", "seconds_per_user"}
 )
 
 # Best near zero, one or a half, or a property of the data: no direction is the better one.
-_NEUTRAL = frozenset({"bias", "variance_ratio", "first_option_share", "kl_of_uniform", "best_mrr"})
+_NEUTRAL = frozenset(
+    {"bias", "variance_ratio", "first_option_share", "kl_of_uniform", "best_mrr"}
+    | {"lpd", "dgap", "tail_share", "gini", "coverage"}
+)
 
 _LABELS = {
     "ranking/mrr": "MRR",
@@ -48,8 +51,8 @@ def one_line(text: Any, limit: int = 120) -> str:
     return folded if len(folded) <= limit else folded[: limit - 1].rstrip() + "…"
 
 
-def number(value: Any) -> str:
-    """Whole numbers with thousands separators, others with three decimals; very small ones in scientific form."""
+def number(value: Any, digits: int = 3) -> str:
+    """Whole numbers with thousands separators, others with `digits` decimals; very small ones in scientific form."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -66,18 +69,18 @@ def number(value: Any) -> str:
         text = f"{value:,.0f}"
     elif size >= 100:
         text = f"{value:.1f}"
-    elif 0 < size < 0.0005:
+    elif 0 < size < 0.5 * 10**-digits:
         text = f"{value:.1e}"
     else:
-        text = f"{value:.3f}"
+        text = f"{value:.{digits}f}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
-def interval(ci95: Any) -> str:
+def interval(ci95: Any, digits: int = 3) -> str:
     """`[lo, hi]`, or "" where there is none."""
     if not ci95 or ci95[0] is None or ci95[1] is None:
         return ""
-    return f"[{number(ci95[0])}, {number(ci95[1])}]"
+    return f"[{number(ci95[0], digits)}, {number(ci95[1], digits)}]"
 
 
 def metric_label(metric: str) -> str:

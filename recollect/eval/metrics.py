@@ -5,7 +5,7 @@ uniform on g+1..g+e+1 and every metric is its expectation, so a constant model g
 Free-text lists: `strict_positions` is the measure; `lenient_positions` reproduces the habit of taking whichever
 line resembles the target most, for comparison only.
 
-Not covered: several relevant items per case, coverage and popularity metrics.
+Several relevant items per case: `multi_relevance`; coverage, popularity and calibration of lists: `list_metrics`.
 """
 
 from __future__ import annotations
@@ -57,21 +57,32 @@ def rank_counts(scores: np.ndarray, target: np.ndarray, *, tie: Tie = "expectati
         raise InputError(f"scores must be (C, S) and target (C,), got {scores.shape} and {target.shape}")
     if len(target) and (target.min() < 0 or target.max() >= scores.shape[1]):
         raise InputError(f"target must be between 0 and {scores.shape[1] - 1}, got {target.min()}..{target.max()}")
-    unusable = np.isnan(scores).any(axis=1)
+    unusable = np.isnan(scores)
     if unusable.any():
+        unusable = unusable.any(axis=1)
         raise InputError(f"{int(unusable.sum())} cases have NaN scores, the first is case {int(unusable.argmax())}")
+    return counts_around(scores, target, tie)
+
+
+def counts_around(scores: np.ndarray, target: np.ndarray, tie: Tie) -> tuple[np.ndarray, np.ndarray]:
+    """`rank_counts` of scores (C, S) known to be usable: float32 or float64 without NaN, targets inside."""
     of_target = scores[np.arange(len(target)), target][:, None]  # (C, 1)
-    greater = (scores > of_target).sum(axis=1)
+    greater = _true_per_row(scores > of_target)
     same = scores == of_target  # (C, S), the target included
-    equal = same.sum(axis=1) - 1
+    equal = _true_per_row(same) - 1
     if tie == "expectation":
         return greater, equal
     settled = np.zeros_like(equal)
     if tie == "pessimistic":
         settled = equal
     elif tie == "index":
-        settled = (same & (np.arange(scores.shape[1]) < target[:, None])).sum(axis=1)
+        settled = _true_per_row(same & (np.arange(scores.shape[1]) < target[:, None]))
     return greater + settled, np.zeros_like(equal)
+
+
+def _true_per_row(mask: np.ndarray) -> np.ndarray:
+    """(C,) int64; one call per row is several times faster than `mask.sum(axis=1)`, which widens every element."""
+    return np.fromiter(map(np.count_nonzero, mask), dtype=np.int64, count=len(mask))
 
 
 def _expected(gain: np.ndarray, greater: np.ndarray, equal: np.ndarray, k: int | None) -> np.ndarray:

@@ -4,11 +4,13 @@ A panel is one object with `kind`, `title` and an optional `note`:
 
 | kind | further keys |
 |---|---|
-| `table` | `columns` [str], `rows` [[cell]]; a cell is text, a number, or {"value", "ci95", "n", "marks"} |
-| `intervals` | `labels`, `values`, `low`, `high`, optional `reference` (number), `axis` |
+| `table` | `columns` [str], `rows` [[cell]]; a cell is text, a number, or {"value", "ci95", "n", "marks", "digits"} |
+| `intervals` | `labels`, `values`, `low`, `high`, optional `reference` (number), `axis`, `digits` |
 | `bars`, `distribution` | `labels`, `series` {name: [number]}, optional `axis` |
 | `reliability` | `predicted`, `observed`, `counts` per bin, optional `ece` |
 | `lines` | `x`, `series` {name: [number]}, optional `low`, `high` (same keys), `x_label`, `y_label` |
+| `pareto` | `series` {name: {"x", "y", "labels"}}, curves each with its own points; `marks`, the same, single points |
+| | drawn in grey with their name beside; `x_label`, `y_label` |
 | `samples` | `items` [{"title", "before", "after", "note"}] |
 | `text` | `text` |
 
@@ -67,8 +69,9 @@ def _view(panel: Mapping[str, Any], key: str) -> dict[str, Any]:
             columns = (panel["labels"], panel["values"], panel["low"], panel["high"])
             view["svg"] = plots.intervals_svg(*columns, panel.get("reference"), panel.get("axis") or "", key)
             view["columns"] = ["", "value", "95 % interval"]
+            digits = int(panel.get("digits", 3))
             view["data"] = [
-                [clean(label), number(value), interval([low, high])]
+                [clean(label), number(value, digits), interval([low, high], digits)]
                 for label, value, low, high in zip(*columns, strict=True)
             ]
         case "bars" | "distribution":
@@ -94,6 +97,17 @@ def _view(panel: Mapping[str, Any], key: str) -> dict[str, Any]:
             )
             view["legend"] = legend(panel["series"]) if len(panel["series"]) > 1 else []
             view["columns"], view["data"] = series_table(x_label, panel["x"], panel["series"])
+        case "pareto":
+            curves, marks = panel["series"], panel.get("marks") or {}
+            axes = panel.get("x_label") or "", panel.get("y_label") or ""
+            view["svg"] = plots.pareto_svg(curves, marks, *axes, key)
+            view["legend"] = legend(curves)
+            view["columns"] = ["", "at", *axes]
+            view["data"] = [
+                [one_line(name, 60), one_line(at, 20), number(x), number(y)]
+                for name, curve in {**curves, **marks}.items()
+                for x, y, at in zip(curve["x"], curve["y"], curve["labels"], strict=True)
+            ]
         case "samples":
             view["items"] = [_sample_view(item) for item in panel["items"]]
         case "text":
@@ -127,9 +141,10 @@ def series_table(
 def cell_view(cell: Any) -> dict[str, Any]:
     """{"text", "interval", "n", "marks", "numeric"} of a table cell."""
     if isinstance(cell, Mapping):
+        digits = int(cell.get("digits", 3))
         return {
-            "text": number(cell["value"]) if not isinstance(cell["value"], str) else clean(cell["value"]),
-            "interval": interval(cell.get("ci95")),
+            "text": number(cell["value"], digits) if not isinstance(cell["value"], str) else clean(cell["value"]),
+            "interval": interval(cell.get("ci95"), digits),
             "n": number(cell["n"]) if cell.get("n") is not None else "",
             "marks": clean(cell.get("marks") or ""),
             "numeric": not isinstance(cell["value"], str),

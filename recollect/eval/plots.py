@@ -173,6 +173,31 @@ def lines_svg(
     return _render(draw, (7.2, 2.9), key)
 
 
+def pareto_svg(
+    curves: Mapping[str, Mapping[str, Sequence[Any]]],
+    marks: Mapping[str, Mapping[str, Sequence[Any]]],
+    x_label: str = "",
+    y_label: str = "",
+    key: str = "pareto",
+) -> str:
+    """Curves of points {"x", "y"}, each joined in its own order, and single grey points with their names."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for index, curve in enumerate(curves.values()):
+            colour = _SERIES[index % SERIES_COLOURS]
+            axes.plot(curve["x"], curve["y"], "o-", color=colour, linewidth=1.8, markersize=4.5, markeredgecolor=_PAPER)
+        for name, mark in marks.items():
+            axes.plot(mark["x"], mark["y"], "D", color=_MUTED, markersize=5, markeredgecolor=_PAPER)
+            for x, y in zip(mark["x"], mark["y"], strict=True):
+                axes.annotate(
+                    one_line(name, 28), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8, color=_MUTED
+                )
+        _finish(axes, grid="both", x_label=x_label, y_label=y_label)
+
+    return _render(draw, (7.2, 4.6), key)
+
+
 def _floats(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 

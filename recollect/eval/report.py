@@ -6,6 +6,7 @@ be rebuilt at any time. `sections` of a report may hold, beside what a command a
 - `panels`: list of JSON panels (`recollect.eval.panels`),
 - `run`: the content of `run.json` (command, options, versions, data fingerprint, models, seed),
 - `primary_metric`: name of the metric the headline speaks of (default: the first of `metrics`),
+- `subject`: what `metrics` is about, where that is not simulated agents; such a page has no headline,
 - `comparisons`: {metric: {"baseline", "difference": {"value", "ci95", "n"}, "p"}}, paired differences of the agents
   from the best baseline, positive = agents higher.
 
@@ -42,7 +43,14 @@ HEADLINE_METRICS = (
 )
 MAX_COLUMNS = 8
 
-_TITLES = {"simulate": "Simulated users against the real log"}
+_TITLES = {
+    "simulate": "Simulated users against the real log",
+    "evaluate": "Recommenders on held-out events",
+    "evaluate-plan": "What an evaluation would do",
+    "distill": "A language model and a conventional recommender teach each other",
+    "distill-plan": "What a distillation would do",
+    "prompt-rank": "Prompted rankings against the log",
+}
 _FACTS = (
     "data",
     "method",
@@ -51,6 +59,8 @@ _FACTS = (
     "interactions",
     "backbone",
     "embedder",
+    "generator",
+    "backend",
     "writer",
     "environment",
     "seed",
@@ -86,6 +96,7 @@ def render_html(report: Report) -> str:
         verdict=verdict(report),
         warnings=[clean(warning) for warning in _all_warnings(report)],
         table=main_table(report),
+        is_about_agents="subject" not in report.sections,
         further=further_tables(report),
         panels=panel_views(report.sections.get("panels") or []),
         protocol=_pairs(report.protocol),
@@ -102,6 +113,8 @@ def verdict(report: Report) -> dict[str, Any] | None:
     "ahead" and "behind" need a paired interval that excludes zero where `comparisons` holds one, else two intervals
     that do not overlap; everything between is "tied". None where the report has no metrics.
     """
+    if "subject" in report.sections:
+        return None
     metric = report.sections.get("primary_metric") or next(iter(report.metrics), None)
     if metric is None or metric not in report.metrics:
         return None
@@ -169,7 +182,8 @@ def _every_metric(report: Report) -> list[str]:
 
 
 def _table(report: Report, metrics: list[str]) -> dict[str, Any]:
-    entries = {AGENTS: report.metrics, **report.baselines}
+    subject = str(report.sections.get("subject", AGENTS))
+    entries = {subject: report.metrics, **report.baselines}
     best = {metric: _best_value(metric, entries) for metric in metrics}
     chance = report.baselines.get(CHANCE, {})
     rows = []
@@ -184,7 +198,7 @@ def _table(report: Report, metrics: list[str]) -> dict[str, Any]:
             at_chance = name != CHANCE and _holds(entry, chance.get(metric))
             has_mark |= at_chance
             cells.append({**_entry(entry), "best": is_best, "chance": at_chance})
-        rows.append({"name": clean(name), "is_agents": name == AGENTS, "is_chance": name == CHANCE, "cells": cells})
+        rows.append({"name": clean(name), "is_agents": name == subject, "is_chance": name == CHANCE, "cells": cells})
     arrows = {"higher": "↑", "lower": "↓", "neither": ""}
     columns = [
         {
@@ -252,11 +266,17 @@ def table_csv(report: Report) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["who", "metric", "value", "low", "high", "n"])
-    for who, table in {AGENTS: report.metrics, **report.baselines}.items():
+    subject = str(report.sections.get("subject", AGENTS))
+    for who, table in {subject: report.metrics, **report.baselines, **_models(report)}.items():
         for metric, entry in table.items():
             low, high = entry.get("ci95") or (None, None)
             writer.writerow([who, metric, entry["value"], low, high, entry.get("n")])
     return buffer.getvalue()
+
+
+def _models(report: Report) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """The `models` section of an evaluation: {model: {metric: entry}}."""
+    return (report.sections.get("models") or {}) if report.kind == "evaluate" else {}
 
 
 def load_report(folder: str | Path) -> Report:
@@ -298,13 +318,13 @@ def rebuild(folder: str | Path) -> Report:
 
     report = load_report(folder)
     write_text(Path(folder) / "report.html", render_html(report))
-    if report.metrics:
+    if report.metrics or _models(report):
         write_text(Path(folder) / "tables.csv", table_csv(report))
     return report
 
 
 def summary_table(report: Report) -> Group:
-    """The main table, the table panels and the warnings, for a rich console."""
+    """The main table, the panels marked `terminal` (every table where nothing is marked), the warnings, for rich."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -325,8 +345,14 @@ def summary_table(report: Report) -> Group:
             ]
             shown.add_row(Text(row["name"] + (" (chance)" if row["is_chance"] else "")), *cells)
         parts.append(shown)
-    for panel in report.sections.get("panels") or []:
-        if panel.get("kind") != "table" or (table and not panel.get("terminal")):
+    panels = report.sections.get("panels") or []
+    has_chosen = bool(table) or any(panel.get("terminal") for panel in panels)
+    for panel in panels:
+        if has_chosen and not panel.get("terminal"):
+            continue
+        if panel.get("kind") == "text":
+            parts.append(Text(clean(panel["text"])))
+        if panel.get("kind") != "table":
             continue
         shown = Table(title=Text(clean(panel.get("title", ""))), title_justify="left")
         for column in panel["columns"]:

@@ -26,6 +26,7 @@ RANKS = {
     "backbones": 2,
     "prompts": 2,
     "eval": 2,
+    "checkpoints": 3,
     "loop": 3,
     "tokenize": 3,
     "recommenders": 3,

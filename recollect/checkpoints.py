@@ -1,0 +1,135 @@
+"""What is left of a training run when its process dies: one safetensors file, written whole or not at all.
+
+Trained weights and buffers, the optimiser's moments and the best weights so far are its tensors; the options and the
+position in the run are JSON in its header, so no two files can disagree.  Generator states are not kept: the training
+loop (`recollect.loop`) seeds every step by its place in the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recollect.errors import InputError, ResumeRefused
+from recollect.io import atomic_open
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+FORMAT = 1
+
+
+@dataclass
+class Position:
+    """Where a run stands: the next batch of the next epoch, and what validation has said so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0  # of this epoch's batches so far
+    best_epoch: int = 0
+    best_validation: float | None = None
+    stale: int = 0
+    done: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class RunState:
+    """The tensors of a run: trained weights and buffers, the optimiser's moments, the best weights so far."""
+
+    def __init__(
+        self, module: nn.Module, trained: dict[str, nn.Parameter], optimizer: Any, options: dict[str, Any]
+    ) -> None:
+        self._trained = trained
+        self._optimizer = optimizer
+        self._options = options
+        kept = set(module.state_dict())
+        self._buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+        self._best: dict[str, Tensor] = {}
+
+    def _live(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in (self._trained | self._buffers).items()}
+
+    def keep_best(self) -> None:
+        self._best = {name: tensor.clone() for name, tensor in self._live().items()}
+
+    def restore_best(self) -> None:
+        for name, tensor in self._live().items():
+            if self._best:
+                tensor.copy_(self._best[name])
+
+    def _moments(self) -> dict[str, Tensor]:
+        moments = {}
+        for name, parameter in self._trained.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                moments[f"optimizer.{key}.{name}"] = value
+        return moments
+
+    def save(self, folder: Path, position: Position) -> None:
+        """Write one file, whole or not at all: tensors, and the position as JSON in its header."""
+        from safetensors.torch import save
+
+        tensors = {f"live.{name}": tensor for name, tensor in self._live().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()} | self._moments()
+        header = {
+            "format": str(FORMAT),
+            "config": json.dumps(self._options),
+            "position": json.dumps(dataclasses.asdict(position), allow_nan=False),
+        }
+        cpu = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+        with atomic_open(Path(folder) / CHECKPOINT_FILE, "wb") as handle:
+            handle.write(save(cpu, metadata=header))
+
+    def load(self, folder: Path) -> Position:
+        """Continue where `folder` says, or at the start when it holds no checkpoint."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / CHECKPOINT_FILE
+        if not path.exists():
+            return Position()
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            position = Position(**json.loads(header["position"]))
+            written = json.loads(header["config"])
+            if header["format"] != str(FORMAT):
+                raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a checkpoint of this loop ({error}); remove it to start anew") from error
+        self._refuse_another_run(path, written, tensors)
+        for name, tensor in self._live().items():
+            tensor.copy_(tensors[f"live.{name}"])
+        self._best = {
+            name: tensors[f"best.{name}"].to(tensor.device)
+            for name, tensor in self._live().items()
+            if f"best.{name}" in tensors
+        }
+        for name, parameter in self._trained.items():
+            moments = {
+                key.split(".", 2)[1]: value
+                for key, value in tensors.items()
+                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+            }
+            self._optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+        return position
+
+    def _refuse_another_run(self, path: Path, written: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        wanted = json.loads(json.dumps(self._options))
+        for name, value in wanted.items():
+            if written.get(name) != value:
+                raise ResumeRefused(
+                    f"{path} is of a run with {name}={written.get(name)!r}, not {value!r}; "
+                    "use the same options or another folder"
+                )
+        shapes = {f"live.{name}": tuple(tensor.shape) for name, tensor in self._live().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith("live.")}
+        if shapes != found:
+            differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+            raise ResumeRefused(
+                f"{path} is of another model ({differing[0].removeprefix('live.')!r} differs); use another folder"
+            )

@@ -1,0 +1,317 @@
+"""`recollect.distill(...)`: the alternation of LLMD4Rec and the rows it is compared with, from data to report.
+
+Everything a model is chosen by comes from validation; the test cases are opened once per reported model, after all
+training of a seed. A killed run continues with `resume`: finished stages are read back, the current one goes on from
+its last checkpoint, and the numbers are those of an uninterrupted run.
+
+Source: llmd4rec 4.3, 4.4 (arXiv 2505.18120).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recollect.config import build, run_manifest, to_dict
+from recollect.data.examples import training_sequences
+from recollect.distill.config import DistillConfig
+from recollect.distill.ensemble import EnsembleScores
+from recollect.distill.methods import IN_ROUNDS, Row, run_method
+from recollect.distill.report import make_report
+from recollect.distill.results import SeedResults
+from recollect.distill.stages import Stage, Stages, read_columns, write_columns
+from recollect.distill.workshop import Workshop
+from recollect.errors import InputError, ResumeRefused
+from recollect.eval.case_table import CaseTable
+from recollect.eval.list_metrics import list_totals
+from recollect.eval.ranking import evaluate_ranker
+from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_json, write_text
+from recollect.journal.lock import WriterLock
+from recollect.progress import Progress, SilentProgress
+from recollect.recommenders.llm_module import base_folder, require_layers
+from recollect.rng import stream
+from recollect.types import Dataset, Report, Split
+
+METRICS_FILE = "metrics.jsonl"
+CHECKED_TOTALS = ("coverage@10", "gini@10")
+
+
+def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None = None, **options: Any) -> Report:
+    """Let a language-model recommender and a conventional one teach each other, and compare with what else could.
+
+    Args:
+        data: bundled world, registered name, path, or a `Dataset` (which `core` still filters).
+        progress: where to say how far the run is; silent by default.
+        options: fields of `recollect.distill.config.DistillConfig`.
+
+    Returns:
+        The report that was also written to the run folder (`out`, by default the first free runs/distill-DATA-N).
+
+    Raises:
+        InputError: bad data or options, histories too short to hold anything out, a teacher of other items.
+        ModelFileError: the decoder cannot be had.
+        ResumeRefused: the run in `out` was made with other options or data.
+        TrainingDiverged: a loss became NaN or infinite.
+    """
+    given = {"data": data.name if isinstance(data, Dataset) else str(data)}
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    config = build(DistillConfig, {**given, **named}, "the options of distill")
+    progress = progress or SilentProgress()
+    progress.stage("reading the data")
+    dataset, split = _read(data, config)
+    if config.dry_run:
+        return _plan(config, dataset, split)
+    # A decoder that cannot be had or cut is refused before anything is trained.
+    require_layers(base_folder(config.teacher), config.keep_layers)
+    out = prepare_out(config.out or free_folder(dataset.name), resume=config.resume, overwrite=config.overwrite)
+    lock = WriterLock(out / "run.json")
+    try:
+        manifest = _open_run(config, dataset, split, out)
+        context = {"data": dataset.meta["fingerprint"], "split": split.rule}
+        shop = Workshop(config, dataset, split, Stages(out / "stages", context), progress)
+        seeds = [_run_seed(shop, seed) for seed in config.all_seeds]
+        write_text(out / METRICS_FILE, "".join(_metric_lines(seeds)))
+        progress.stage("comparing")
+        report = make_report(config, dataset, split, seeds, manifest)
+        report.save(out)
+    finally:
+        lock.release()
+    return report
+
+
+def _read(data: str | Path | Dataset, config: DistillConfig) -> tuple[Dataset, Split]:
+    from recollect.data import load_dataset
+    from recollect.recommenders.evaluate import make_split, prepare
+    from recollect.recommenders.evaluate_config import EvaluateConfig
+
+    same = EvaluateConfig(data=config.data, protocol=config.protocol, core=config.core, seed=config.seed)
+    dataset = prepare(data if isinstance(data, Dataset) else load_dataset(data, seed=config.seed), same)
+    split = make_split(dataset, same)
+    _require_histories(dataset, split, config)
+    return dataset, split
+
+
+def _require_histories(dataset: Dataset, split: Split, config: DistillConfig) -> None:
+    """Refuse a log of which nothing can be learnt or chosen.
+
+    Raises:
+        InputError: no training history has two items, or there is no validation case.
+    """
+    advice = "use a longer log" + (" or a smaller --core" if config.core > 1 else "")
+    if not (training_sequences(dataset, split.train).lengths >= 2).any():
+        raise InputError(
+            f"no training history of {dataset.name!r} has 2 items, so there is no next item to learn from; {advice}"
+        )
+    if not len(split.valid_row):
+        raise InputError(f"{dataset.name!r} has no validation case, and models are chosen on validation; {advice}")
+
+
+def free_folder(data: str) -> Path:
+    """The first of runs/distill-DATA-1, -2, … that does not exist."""
+    name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in Path(data).name)
+    number = 1
+    while (folder := Path("runs") / f"distill-{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) -> dict[str, Any]:
+    """Write `run.json`, or check that the run found there is this one; its content."""
+    loose = {"method", "compare", "seeds", "out", "resume", "overwrite", "dry_run"}
+    identity = {name: value for name, value in to_dict(config).items() if name not in loose}
+    identity |= {"split": split.rule, "data_fingerprint": dataset.meta["fingerprint"]}
+    path = out / "run.json"
+    if config.overwrite:
+        shutil.rmtree(out / "stages", ignore_errors=True)
+        for name in ("report.json", "report.html", "tables.csv", METRICS_FILE):
+            (out / name).unlink(missing_ok=True)
+    elif path.is_file():
+        before = read_json(path).get("identity") or {}
+        for name in sorted(before.keys() | identity.keys()):
+            if before.get(name) != identity.get(name):
+                raise ResumeRefused(
+                    f"the run in {out} has {name} {before.get(name)!r}, not {identity.get(name)!r}; "
+                    "use the same options or another --out"
+                )
+    models = {"student": config.student, "teacher": config.teacher}
+    manifest = run_manifest("distill", to_dict(config), dataset.meta["fingerprint"], models, config.seed)
+    manifest["identity"] = identity
+    write_json(path, manifest)
+    return manifest
+
+
+def _run_seed(shop: Workshop, seed: int) -> SeedResults:
+    """Train every row of one seed, then open its test cases."""
+    config = shop.config
+    crm = shop.crm(seed)
+    llm = shop.llm(seed, crm)
+    rows = {method: run_method(shop, method, seed) for method in config.rows}
+    ensemble = shop.ensemble(crm, llm)
+    named: dict[str, Stage] = {"student_alone": crm, "teacher_alone": llm}
+    named |= _named_rows(config, rows)
+    tables, totals = {}, {}
+    for name, stage in named.items():
+        tables[name], totals[name] = _tested(shop, name, stage, seed)
+    tables["ensemble"], totals["ensemble"] = _tested_ensemble(shop, crm, llm, ensemble, seed)
+    shuffled = {
+        name: _shuffled(shop, stage, seed)
+        for name, stage in named.items()
+        if name in ("student_alone", "student_distilled") or "teacher" in name
+    }
+    return SeedResults(
+        seed=seed,
+        stages=named,
+        rows=rows,
+        tables=tables,
+        totals=totals,
+        shuffled=shuffled,
+        ensemble_weight=float(ensemble.info["weight"]),
+        ensemble_validation=float(ensemble.info["validation"]),
+    )
+
+
+def _named_rows(config: DistillConfig, rows: Mapping[str, Row]) -> dict[str, Stage]:
+    """Names of the table's models: the main method's two sides, self-distillation, then METHOD/student and /teacher."""
+    named = {}
+    for method, row in rows.items():
+        for side, stage in (("student", row.student), ("teacher", row.teacher)):
+            if stage is None:
+                continue
+            if method == config.method:
+                named[f"{side}_distilled"] = stage
+            if method == "self":
+                named["self_distilled"] = stage
+            elif method != config.method:
+                named[f"{method}/{side}"] = stage
+    return named
+
+
+def _tested(shop: Workshop, name: str, stage: Stage, seed: int) -> tuple[CaseTable, dict[str, Any]]:
+    """Test table and list totals of a stage's model, kept beside it."""
+    return _evaluated(shop, name, stage.folder, seed, stage.load)
+
+
+def _tested_ensemble(
+    shop: Workshop, crm: Stage, llm: Stage, ensemble: Stage, seed: int
+) -> tuple[CaseTable, dict[str, Any]]:
+    def load() -> EnsembleScores:
+        return EnsembleScores(crm.load(), llm.load(), float(ensemble.info["weight"]))
+
+    return _evaluated(shop, "ensemble", ensemble.folder, seed, load)
+
+
+def _evaluated(shop: Workshop, name: str, folder: Path, seed: int, load: Any) -> tuple[CaseTable, dict[str, Any]]:
+    key = sha256_text(canonical_json(list(shop.config.k)))[:8]
+    columns_file, facts_file = folder / f"test-{key}.safetensors", folder / f"test-{key}.json"
+    none = np.zeros(0, dtype=np.int64)
+    if not facts_file.is_file():
+        table = evaluate_ranker(
+            load(),
+            shop.dataset,
+            shop.split,
+            ks=shop.config.k,
+            list_length=max(10, *shop.config.k),
+            seed=seed,
+            name=name,
+            progress=shop.progress,
+        )
+        totals = list_totals(table, shop.dataset, shop.split, resamples=0)
+        write_columns(columns_file, table.metrics)
+        facts = {"protocol": dict(table.protocol), "totals": {key: totals[key] for key in CHECKED_TOTALS}}
+        write_json(facts_file, facts)
+    facts = read_json(facts_file)
+    user = shop.dataset.interactions.user[shop.split.test_row]
+    table = CaseTable(
+        model=name,
+        user=user,
+        metrics=read_columns(columns_file),
+        lists=np.zeros((len(user), 0), dtype=np.int64),
+        greater=none,
+        equal=none,
+        target_case=none,
+        popularity=np.zeros(shop.dataset.n_items, dtype=np.int64),
+        candidate=np.ones(shop.dataset.n_items, dtype=bool),
+        protocol=facts["protocol"],
+    )
+    return table, facts["totals"]
+
+
+class _Shuffled:
+    """A model that reads every history in a random order, fixed per history."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self.name, self.n_items = model.name, model.n_items
+        self._model, self._seed = model, seed
+
+    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
+        mixed = []
+        for history in histories:
+            history = np.asarray(history)
+            generator = stream(self._seed, "shuffled history", sha256_text(history.tobytes().hex()))
+            mixed.append(generator.permutation(history))
+        return self._model.score(mixed, candidates)
+
+
+def _shuffled(shop: Workshop, stage: Stage, seed: int) -> dict[str, float]:
+    """The primary metric with histories shuffled at test time, beside the one in order (llmd4rec 7.18)."""
+    metric = shop.config.primary_metric
+    path = stage.folder / f"shuffled-{metric.replace('@', '-')}.json"
+    if not path.is_file():
+        table = evaluate_ranker(
+            _Shuffled(stage.load(), seed), shop.dataset, shop.split, ks=shop.config.k, seed=seed, progress=shop.progress
+        )
+        write_json(path, {"shuffled": table.mean(metric)})
+    return read_json(path)
+
+
+def _metric_lines(seeds: Sequence[SeedResults]) -> Iterator[str]:
+    """One line per half-round of every row: validation of what was trained, of the ensemble, mean weights."""
+    step = 0
+    for results in seeds:
+        for method, row in results.rows.items():
+            for half in row.half_rounds:
+                step += 1
+                weights = half.get("weights") or {}
+                line = {
+                    "step": step,
+                    "seed": results.seed,
+                    "method": method,
+                    "round": half["round"],
+                    "direction": half["direction"],
+                    "validation": half["validation"],
+                    "epochs": half["epochs"],
+                    "stage": half["stage"],
+                }
+                line |= {"ensemble": half["ensemble"]} if "ensemble" in half else {}
+                line |= {
+                    f"weight_{part}": weights[part] for part in ("train", "valid") if weights.get(part) is not None
+                }
+                yield json.dumps(line, allow_nan=False) + "\n"
+
+
+def _plan(config: DistillConfig, dataset: Dataset, split: Split) -> Report:
+    """What a run would do: half-rounds per seed, samples, LLM epochs."""
+    both = sum(method in IN_ROUNDS for method in config.rows) * config.rounds
+    down = both + config.rounds * ("down-only" in config.rows)
+    up = both + config.rounds * sum(method in config.rows for method in ("up-only", "self"))
+    llm_epochs = config.teacher_epochs * (1 + (config.folds - 1) * ("crossfit" in config.rows))
+    numbers = {
+        "seeds": config.seeds,
+        "users": dataset.n_users,
+        "items": dataset.n_items,
+        "training_events": int(split.train.sum()),
+        "test_cases": len(split.test_row),
+        "downward_half_rounds_per_seed": down,
+        "upward_half_rounds_per_seed": up,
+        "llm_epochs_per_seed": llm_epochs + down * config.teacher_round_epochs,
+    }
+    protocol = {"data": dataset.name, "method": config.method, "rows": list(config.rows), "dry_run": True}
+    return Report("distill-plan", protocol, {}, ledger=numbers)
+
+
+__all__ = ["DistillConfig", "distill", "free_folder"]

@@ -1,0 +1,179 @@
+"""From the trained rows of a distillation to its report: one table, paired differences, curves, weights.
+
+Every difference is paired over users, seeds averaged first. Goals of the specification (llmd4rec 6) are stated with
+their number and whether the interval supports them; a missed goal is printed like a met one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from recollect.distill.config import DistillConfig
+from recollect.distill.methods import Row
+from recollect.distill.report_panels import all_panels
+from recollect.distill.results import SEEDS_FOR_A_CLAIM, SeedResults
+from recollect.eval.case_table import RESAMPLES
+from recollect.eval.comparison import Comparison, compare_models
+from recollect.types import Dataset, Report, Split
+
+AGAINST = ("student_alone", "self_distilled", "ensemble", "teacher_alone")
+
+
+def make_report(
+    config: DistillConfig, dataset: Dataset, split: Split, seeds: Sequence[SeedResults], manifest: dict[str, Any]
+) -> Report:
+    """The report of a finished run."""
+    metric = config.primary_metric
+    names = [name for name in seeds[0].tables if all(name in results.tables for results in seeds)]
+    tables = {name: [results.tables[name] for results in seeds] for name in names}
+    totals = {name: [results.totals[name] for results in seeds] for name in names}
+    comparisons = {
+        against: compare_models(
+            tables, against=against, tested=[metric], totals=totals if against == AGAINST[0] else None, seed=config.seed
+        )
+        for against in AGAINST
+        if against in tables
+    }
+    main = comparisons[AGAINST[0]]
+    differences = [row for one in comparisons.values() for row in one.differences]
+    seconds = stage_seconds(seeds)
+    sections: dict[str, Any] = {
+        "models": main.models,
+        "primary_metric": metric,
+        "baseline": AGAINST[0],
+        "differences": differences,
+        "goals": goals(config, main, differences),
+        "rows": {name: row_details(name, seeds) for name in names if name != "ensemble"},
+        "ensemble": {
+            "weight_of_the_llm": [results.ensemble_weight for results in seeds],
+            "validation": [results.ensemble_validation for results in seeds],
+        },
+        "shuffled_histories": sensitivity(metric, main, seeds),
+        "half_rounds": {
+            method: [half_rounds(results.rows[method]) for results in seeds if method in results.rows]
+            for method in config.rows
+        },
+        "run": manifest,
+    }
+    protocol = {
+        **main.protocols[AGAINST[0]],
+        "student": config.student,
+        "teacher": config.teacher,
+        "method": config.method,
+        "rounds": config.rounds,
+        "chosen_by": f"validation {metric}: epochs, rounds, weight of the ensemble",
+        "n_users": len(np.unique(dataset.interactions.user[split.test_row])),
+        "intervals": f"95 %, {RESAMPLES} resamples of users; differences paired over users",
+    }
+    report = Report(
+        kind="distill",
+        protocol=protocol,
+        metrics={},
+        ledger={"stages": len(seconds), "seconds": round(sum(seconds.values()), 1)},
+        warnings=warnings_of(config, dataset, seeds),
+        sections=sections,
+    )
+    sections["panels"] = all_panels(config, report, seeds)
+    return report
+
+
+def stage_seconds(seeds: Sequence[SeedResults]) -> dict[str, float]:
+    """Training seconds of every stage, counted once however many rows share it."""
+    found = {}
+    for results in seeds:
+        for stage in results.stages.values():
+            found[stage.key] = float(stage.info["seconds"])
+        for row in results.rows.values():
+            found |= {half["stage"]: float(half["seconds"]) for half in row.half_rounds}
+    return found
+
+
+def row_details(name: str, seeds: Sequence[SeedResults]) -> dict[str, Any]:
+    """Validation, parameters and cost of a model, per seed."""
+    infos = [results.stages[name].info for results in seeds]
+    return {
+        "stage": [results.stages[name].folder.name for results in seeds],
+        "validation": [info["validation"] for info in infos],
+        "parameters": infos[0]["parameters"],
+        "epochs": [info["epochs"] for info in infos],
+        "seconds": [info["seconds"] for info in infos],
+        "samples_per_second": [info["samples_per_second"] for info in infos],
+    }
+
+
+def half_rounds(row: Row) -> list[dict[str, Any]]:
+    """A row's half-rounds without their inner curves."""
+    return [{key: value for key, value in half.items() if key != "curve"} for half in row.half_rounds]
+
+
+def sensitivity(metric: str, main: Comparison, seeds: Sequence[SeedResults]) -> dict[str, dict[str, float]]:
+    """How much each model loses when histories are shuffled: {"in_order", "shuffled", "relative"} (llmd4rec 7.18)."""
+    found = {}
+    for name in seeds[0].shuffled:
+        in_order = float(main.models[name][metric]["value"])
+        shuffled = float(np.mean([results.shuffled[name]["shuffled"] for results in seeds]))
+        relative = (shuffled - in_order) / in_order if in_order else 0.0
+        found[name] = {"in_order": in_order, "shuffled": shuffled, "relative": relative}
+    return found
+
+
+def goals(config: DistillConfig, main: Comparison, differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Goals B and C of the specification, with what was measured; none without a distilled student."""
+    if "student_distilled" not in main.models:
+        return []
+    by_pair = {(row["model"], row["against"]): row for row in differences}
+    found = []
+    gain = by_pair["student_distilled", "student_alone"]
+    relative = gain["relative"]
+    positive = gain["ci95"][0] is not None and gain["ci95"][0] > 0
+    found.append(
+        {
+            "goal": "the distilled student gains at least 2 % over the student alone, interval above 0",
+            "measured": relative,
+            "met": bool(positive and relative is not None and relative >= 0.02 and config.seeds >= SEEDS_FOR_A_CLAIM),
+        }
+    )
+    if ("student_distilled", "self_distilled") in by_pair:
+        own = by_pair["student_distilled", "self_distilled"]
+        beats = own["ci95"][0] is not None and own["ci95"][0] > 0
+        found.append(
+            {
+                "goal": "the distilled student beats self-distillation, interval above 0",
+                "measured": own["relative"],
+                "met": bool(beats and config.seeds >= SEEDS_FOR_A_CLAIM),
+            }
+        )
+    ceiling = by_pair["ensemble", "student_alone"]
+    # A share of a gain that may be none says nothing.
+    share = gain["value"] / ceiling["value"] if (ceiling["ci95"][0] or 0) > 0 else None
+    found.append(
+        {
+            "goal": "the distilled student has at least 90 % of the ensemble's gain, where that is above 0",
+            "measured": share,
+            "met": share is not None and share >= 0.9,
+        }
+    )
+    return found
+
+
+def warnings_of(config: DistillConfig, dataset: Dataset, seeds: Sequence[SeedResults]) -> list[str]:
+    """What a reader should know before quoting a number."""
+    found = [str(warning) for warning in dataset.meta.get("warnings", ())]
+    if len(seeds) < SEEDS_FOR_A_CLAIM:
+        found.append(
+            f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}: the intervals cover users, not training; use --seeds "
+            f"{SEEDS_FOR_A_CLAIM} or more before claiming a difference"
+        )
+    alone = seeds[0].stages["student_alone"].info["parameters"]
+    for name, stage in seeds[0].stages.items():
+        is_student = name in ("student_distilled", "self_distilled") or name.endswith("/student")
+        if is_student and stage.info["parameters"] != alone:
+            found.append(f"{name} has {stage.info['parameters']} parameters where the student alone has {alone}")
+    if config.teacher_start == "alone":
+        found.append(
+            "the LLM entered round 1 as trained alone, so distilled LLM rows had more epochs than the LLM alone"
+        )
+    return found

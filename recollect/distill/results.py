@@ -1,0 +1,30 @@
+"""What one seed of a distillation made, as the report reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recollect.distill.methods import Row
+from recollect.distill.stages import Stage
+from recollect.eval.case_table import CaseTable
+
+SEEDS_FOR_A_CLAIM = 3
+
+
+@dataclass(frozen=True)
+class SeedResults:
+    """What one seed made. stages, tables, totals: by the table's model names; rows: by method.
+
+    shuffled: the primary metric with shuffled histories, of the LLM models and two conventional ones.
+    """
+
+    seed: int
+    stages: Mapping[str, Stage]
+    rows: Mapping[str, Row]
+    tables: Mapping[str, CaseTable]
+    totals: Mapping[str, Mapping[str, Any]]
+    shuffled: Mapping[str, Mapping[str, float]]
+    ensemble_weight: float
+    ensemble_validation: float

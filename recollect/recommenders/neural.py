@@ -1,0 +1,248 @@
+"""What the models trained by gradient share: fit with early stopping, scoring in batches, files.
+
+A model is a torch module with three methods (`SequenceModule`) and a config; `NeuralRecommender` makes it a
+`Recommender`.  A padding row exists in no model: batches are jagged (`recollect.recommenders.packing`).
+An empty history has the zero vector as its user, so every item scores 0 (a bias excepted) and ties with every other.
+
+Not covered: the training loop itself (`recollect.loop`), metrics (`recollect.eval`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recollect.config import to_dict
+from recollect.data.examples import Cases, Sequences, held_out_cases, training_sequences
+from recollect.errors import InputError, ModelFileError
+from recollect.eval.metrics import ndcg, rank_counts
+from recollect.eval.protocol import data_fingerprint
+from recollect.loop import LoopResult, train
+from recollect.progress import Progress
+from recollect.recommenders.closed_form import check_question, fitted_rows, load_folder, save_folder
+from recollect.recommenders.configs import NeuralConfig
+from recollect.recommenders.packing import Batch, TrainingBatches, history_batches
+from recollect.rng import call_seed
+from recollect.tracking import Tracker
+from recollect.types import Dataset, Split
+
+SCORE_POSITIONS = 16384  # positions encoded at a time when scoring
+SCORE_CELLS = 2**22  # scores held at a time when validating (16 MB)
+
+
+@runtime_checkable
+class SequenceModule(Protocol):
+    """What a torch module must offer to be a recommender; column j of every score is item j."""
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """() mean loss of a training batch."""
+        ...
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, D) what stands for each history of the batch after its last item."""
+        ...
+
+    def item_vectors(self) -> Tensor:
+        """(n_items, D); the score of an item is its product with the user's vector."""
+        ...
+
+
+class NeuralRecommender:
+    """A sequence module as a `Recommender`; a model's file names its config and module.
+
+    Attributes:
+        module: the torch module; None before `fit` or `from_pretrained`.
+        result: how training went; None for a loaded model.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[NeuralConfig]]
+    module_class: ClassVar[Any]
+    windows_with_targets: ClassVar[bool] = True
+    min_items: ClassVar[int] = 2
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.config_class() if config is None else config
+        self.n_items = 0
+        self.data = ""
+        self.module: Any = None
+        self.result: LoopResult | None = None
+
+    def build(self, n_items: int) -> nn.Module:
+        """A module with fresh weights drawn from the config's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(call_seed(self.config.seed, self.name, "initial weights"))
+            return self.module_class(self.config, n_items)
+
+    def batches(self, sequences: Sequences) -> TrainingBatches:
+        """The training batches of this model."""
+        return TrainingBatches(
+            sequences,
+            max_length=self.config.max_length,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            with_targets=self.windows_with_targets,
+            min_items=self.min_items,
+        )
+
+    def fit(
+        self,
+        dataset: Dataset,
+        split: Split | None = None,
+        *,
+        rows: np.ndarray | None = None,
+        folder: Path | None = None,
+        checkpoint_every: int | None = None,
+        tracker: Tracker | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Train on `rows` (default the split's training rows); with a split, keep the epoch best on validation.
+
+        Args:
+            folder: where checkpoints live; a run found there is continued.
+            checkpoint_every: optimiser steps between checkpoints inside an epoch.
+
+        Raises:
+            InputError: no sequence is long enough.
+            TrainingDiverged: a loss became NaN or infinite.
+        """
+        sequences = training_sequences(dataset, fitted_rows(dataset, split, rows))
+        batches = self.batches(sequences)
+        module = self.build(dataset.n_items)
+        self.module, self.n_items, self.data = module, dataset.n_items, data_fingerprint(dataset)
+        cases = None if split is None else held_out_cases(dataset, split, "valid")
+        validate = None if cases is None or not len(cases) else lambda: validation_ndcg(self, cases)
+        self.result = train(
+            module,
+            batches=batches,
+            loss=module.training_loss,  # type: ignore[arg-type]
+            config=self.config.loop,
+            validate=validate,
+            folder=folder,
+            checkpoint_every=checkpoint_every,
+            tracker=tracker,
+            progress=progress,
+            identity={"model": self.name, "data": self.data, "rows": _digest(sequences), **to_dict(self.config)},
+        )
+        return self
+
+    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
+        """Score candidates (B, C), or every item where None, for histories (T,) oldest first.
+
+        Only the last `max_length` items of a history are read.
+
+        Returns:
+            (B, C) or (B, n_items) float32.
+
+        Raises:
+            InputError: not fitted, or an item the model does not know.
+        """
+        check_question(self.name, self.n_items, histories, candidates)
+        with torch.inference_mode():
+            users = self._users(histories)
+            items = self.module.item_vectors()
+            if candidates is None:
+                return (users @ items.T).float().cpu().numpy()
+            chosen = torch.from_numpy(np.ascontiguousarray(candidates, dtype=np.int64)).to(items.device)
+            scores = np.empty(candidates.shape, dtype=np.float32)
+            rows = max(1, SCORE_CELLS // max(1, chosen.shape[1] * items.shape[1]))
+            for low in range(0, len(chosen), rows):
+                part = slice(low, low + rows)
+                scores[part] = torch.bmm(items[chosen[part]], users[part, :, None]).squeeze(2).float().cpu().numpy()
+            return scores
+
+    def _users(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """(B, D) user vectors."""
+        module = self.module.eval()
+        items = module.item_vectors()
+        users = self.empty_user(items).repeat(len(histories), 1)
+        for rows, batch in history_batches(self.read(histories), self.config.max_length, SCORE_POSITIONS):
+            users[torch.from_numpy(rows)] = module.user_vectors(batch.to(items.device))
+        return users
+
+    def read(self, histories: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """What the module is given for each history; itself, unless a model marks where it is to predict."""
+        return histories
+
+    def empty_user(self, items: Tensor) -> Tensor:
+        """(D,) vector of a user without history, given the item vectors (N, D): zero."""
+        return items.new_zeros(items.shape[1])
+
+    def score_batches(self, histories: Sequence[np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:
+        """Full-catalogue scores (C, n_items) of consecutive histories, never all at once, as (rows, scores)."""
+        rows = max(1, SCORE_CELLS // self.n_items)
+        with torch.inference_mode():
+            users, items = self._users(histories), self.module.item_vectors()
+        for low in range(0, len(histories), rows):
+            part = slice(low, min(low + rows, len(histories)))
+            with torch.inference_mode():
+                scores = (users[part] @ items.T).float().cpu().numpy()
+            yield part, scores
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`, each atomically.
+
+        Raises:
+            InputError: the model is not fitted.
+            StorageRefused: the disk refused.
+        """
+        arrays = {}
+        if self.module is not None:
+            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in self.module.state_dict().items()}
+        save_folder(folder, kind=self.name, options=self.config, n_items=self.n_items, data=self.data, arrays=arrays)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The inverse of `save_pretrained`; scores are identical.
+
+        Raises:
+            ModelFileError: a file is missing, changed, of another kind or of other shapes.
+            ConfigError: its options are not ones of this version.
+        """
+        config, content, arrays = load_folder(folder, cls.name, cls.config_class)
+        model = cls(config)
+        model.n_items, model.data = int(content["n_items"]), str(content["data_fingerprint"])
+        model.module = model.build(model.n_items)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.module.state_dict().items()}
+        found = {name: array.shape for name, array in arrays.items()}
+        if expected != found:
+            differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ModelFileError(f"{folder} does not hold the weights its config.json describes: {differing[0]!r}")
+        model.module.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+        model.module.eval()
+        return model
+
+
+def _digest(sequences: Sequences) -> str:
+    """SHA-256 of what is trained on, so that a checkpoint of other rows of the same data is not continued."""
+    digest = hashlib.sha256(np.ascontiguousarray(sequences.starts).tobytes())
+    digest.update(np.ascontiguousarray(sequences.items).tobytes())
+    return digest.hexdigest()
+
+
+def validation_ndcg(recommender: NeuralRecommender, cases: Cases, k: int = 10) -> float:
+    """Mean NDCG@k over all targets of the cases: full ranking, the history's items masked, never the target.
+
+    A case with several targets counts each of them as one case of its own.
+    """
+    per_case = cases.last - cases.first
+    index = np.repeat(np.arange(len(cases)), per_case)
+    target = np.concatenate(cases.targets())
+    histories = cases.histories(index)
+    if not len(histories):
+        raise InputError("there is no validation case; use another split, or none")
+    total = 0.0
+    for part, scores in recommender.score_batches(histories):
+        own, target_part = histories[part], target[part]
+        row = np.repeat(np.arange(len(own)), [len(history) for history in own])
+        of_target = scores[np.arange(len(own)), target_part]
+        scores[row, np.concatenate(own)] = -np.inf
+        scores[np.arange(len(own)), target_part] = of_target
+        total += float(ndcg(*rank_counts(scores, target_part), k).sum())
+    return total / len(histories)

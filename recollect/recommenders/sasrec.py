@@ -1,0 +1,79 @@
+"""SASRec: causal self-attention over a user's last items (arXiv 1808.09781), with the losses that made it strong again.
+
+Pre-norm blocks, learned positions counted from the first item of the window, item vectors shared between input and
+output.  Loss "ce" is the full softmax (arXiv 2309.07602), "bce" with one negative the original, "gbce" is gSASRec
+(arXiv 2308.07192).  Differences from the original: negatives avoid only the position's own target, and all three of
+query, key and value read the normalised states.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from recollect.recommenders.configs import SASRecConfig
+from recollect.recommenders.layers import Dropout, FeedForward, SelfAttention
+from recollect.recommenders.losses import next_item_loss
+from recollect.recommenders.neural import NeuralRecommender
+from recollect.recommenders.packing import Batch
+
+
+class SASRecBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); (M, D) -> (M, D)."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden)
+        self.attention = SelfAttention(config.hidden, config.heads, config.dropout, causal=True)
+        self.attention_dropout = Dropout(config.dropout)
+        self.feedforward_norm = nn.LayerNorm(config.hidden)
+        self.feedforward = FeedForward(config.hidden, config.hidden, config.dropout, nn.ReLU())
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """(M, D) -> (M, D)."""
+        x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch))
+        return x + self.feedforward(self.feedforward_norm(x))
+
+
+class SASRecModule(nn.Module):
+    """Jagged batch -> hidden state of every position; scores are products with the item embedding."""
+
+    def __init__(self, config: SASRecConfig, n_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(n_items, config.hidden)
+        self.positions = nn.Embedding(config.max_length, config.hidden)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(SASRecBlock(config) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.hidden)
+        nn.init.xavier_normal_(self.items.weight)
+        nn.init.xavier_normal_(self.positions.weight)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(M, D): the state at position t has seen items 0..t of its sequence and nothing else."""
+        x = self.items(batch.items) * math.sqrt(self.config.hidden) + self.positions(batch.place)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, batch)
+        return self.norm(x)
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """() mean loss over all positions."""
+        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, D)."""
+        return self(batch)[batch.last]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items, D)."""
+        return self.items.weight
+
+
+class SASRec(NeuralRecommender):
+    """SASRec as a recommender; see the module's text and `SASRecConfig`."""
+
+    name = "sasrec"
+    config_class = SASRecConfig
+    module_class = SASRecModule

@@ -1,0 +1,254 @@
+"""Half-rounds and runs of a distillation: what is frozen, what is injected, and that a killed one repeats itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_decoder import patterned_log, write_tiny_decoder
+
+import recollect
+from recollect.data.examples import training_sequences
+from recollect.data.splits import leave_one_out
+from recollect.distill.config import METHODS
+from recollect.distill.factors import Factors
+from recollect.distill.fused import fused_distillation_loss
+from recollect.distill.learners import Crm, Llm, SampleTeacher, trained_samples, weights_hash, wrap
+from recollect.distill.losses import distillation_loss
+from recollect.distill.rounds import Strength, train_half
+from recollect.distill.weights import sample_weights, true_item_rank
+from recollect.io import read_json
+from recollect.loop import LoopConfig, train
+from recollect.progress import SilentProgress
+from recollect.recommenders.configs import SASRecConfig
+from recollect.recommenders.llm_sequential import LlmConfig, LlmSequential
+from recollect.recommenders.sasrec import SASRec
+
+LOG = patterned_log()
+SEQUENCES = training_sequences(LOG, leave_one_out(LOG).train)
+LOOP = LoopConfig(epochs=2, patience=None, learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return write_tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+def student(seed: int = 0, epochs: int = 2) -> SASRec:
+    return SASRec(SASRecConfig(hidden=16, epochs=epochs, batch_size=16, seed=seed, max_length=6)).fit(LOG)
+
+
+def reader(decoder, crm: SASRec, **options) -> LlmSequential:
+    config = LlmConfig(**{"base": str(decoder), "keep_layers": 1, "precision": "fp32", "max_length": 6} | options)
+    return LlmSequential(config).build(LOG, crm.module.item_vectors().detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed", "online"])
+def test_the_fused_loss_equals_the_plain_one_gradients_included(kind):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    state, items = draw(50, 6).requires_grad_(), draw(31, 6).requires_grad_()
+    teacher = Factors(draw(50, 4), draw(31, 4))
+    target = torch.randint(31, (50,), generator=generator)
+    taught = teacher.state @ teacher.items.T
+    rank = true_item_rank(taught, target)
+    given = {"none": {}, "fixed": {"weight": draw(50).abs()}, "online": {"teacher_rank": rank}}[kind]
+    value, used = fused_distillation_loss(
+        Factors(state, items), target, teacher, temperature=2.0, strength=0.5, **given
+    )
+    found = torch.autograd.grad(value, (state, items))
+    logits = state @ items.T
+    weight = given.get("weight", torch.ones(50, dtype=torch.float64))
+    if kind == "online":
+        weight = sample_weights(true_item_rank(logits, target), rank)
+    plain = distillation_loss(logits, target, taught, weight, temperature=2.0, strength=0.5)
+    torch.testing.assert_close(value, plain, rtol=1e-12, atol=0)
+    torch.testing.assert_close(used, weight.to(used.dtype))
+    for one, two in zip(found, torch.autograd.grad(plain, (state, items)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
+
+
+def test_a_weight_of_zero_everywhere_is_cross_entropy_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    state, items = (torch.randn(n, 6, generator=generator).requires_grad_() for n in (50, 31))
+    teacher = torch.randn(50, 31, generator=generator)
+    target = torch.randint(31, (50,), generator=generator)
+    results = []
+    for options in ({"strength": 0.5, "weight": torch.zeros(50)}, {"strength": 0.0}):
+        value, _ = fused_distillation_loss(Factors(state, items), target, teacher, temperature=2.0, **options)
+        results.append([value, *torch.autograd.grad(value, (state, items))])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_without_strength_a_half_round_is_training_with_cross_entropy_bit_for_bit(tmp_path):
+    model, plain = student(), student()
+    how = Strength(strength=0.0)
+    train_half(Crm(model), Crm(student(1)), SEQUENCES, how=how, loop=LOOP, scratch=tmp_path / "scratch")
+    batches = type(plain)(dataclasses.replace(plain.config, seed=LOOP.seed)).batches(SEQUENCES)
+    train(plain.module, batches=batches, loss=plain.module.training_loss, config=LOOP)
+    assert weights_hash(model.module, trained=True) == weights_hash(plain.module, trained=True)
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_a_half_round_changes_what_is_trained_and_nothing_else(decoder, tmp_path, direction):
+    crm = student()
+    llm = reader(decoder, crm)
+    sides = (Llm(llm), Crm(crm)) if direction == "down" else (Crm(crm), Llm(llm))
+    before = [(weights_hash(side.module, True), weights_hash(side.module, False)) for side in sides]
+    sizes = [sum(tensor.numel() for tensor in side.module.parameters()) for side in sides]
+    train_half(*sides, SEQUENCES, how=Strength(), loop=LOOP, scratch=tmp_path / "scratch")
+    after = [(weights_hash(side.module, True), weights_hash(side.module, False)) for side in sides]
+    assert after[0][0] != before[0][0]  # the student learnt
+    assert after[0][1] == before[0][1]  # its frozen part, item vectors E included, did not move
+    assert after[1] == before[1]  # the teacher did not move
+    assert [sum(tensor.numel() for tensor in side.module.parameters()) for side in sides] == sizes
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_the_cached_teacher_gives_the_logits_and_ranks_it_gives_online(decoder, tmp_path):
+    crm = student()
+    for side in (Crm(crm), Llm(reader(decoder, crm))):
+        wanted = trained_samples(side, SEQUENCES)
+        teacher = SampleTeacher.cached(tmp_path / side.recommender.name, side, SEQUENCES, wanted)
+        position = np.flatnonzero(wanted)[::7]
+        factors = teacher.take(position)
+        cached = (factors.state @ factors.items.T).numpy()
+        own = np.searchsorted(SEQUENCES.starts, position, side="right") - 1
+        # In reading order a sample sees at least half a window; where it sees all it has, scoring is the same.
+        histories = [SEQUENCES.items[SEQUENCES.starts[s] : p] for s, p in zip(own, position, strict=True)]
+        whole = np.array([len(history) <= 3 for history in histories])
+        online = side.recommender.score(histories)
+        np.testing.assert_allclose(cached[whole], online[whole], atol=1e-5)
+        ranks = true_item_rank(torch.from_numpy(cached), torch.from_numpy(SEQUENCES.items[position])).numpy()
+        np.testing.assert_array_equal(teacher.rank[position], ranks)
+        with pytest.raises(recollect.RecollectError, match="was not asked about"):
+            teacher.take(np.array([0]))
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(SilentProgress):
+    """Dies after so many steps."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise Killed
+
+
+def test_a_killed_half_round_repeats_the_uninterrupted_one(decoder, tmp_path):
+    crm = student()
+
+    def run(name, progress=None):
+        model = reader(decoder, crm)
+        train_half(
+            Llm(model),
+            Crm(crm),
+            SEQUENCES,
+            how=Strength(ranks="round_start"),
+            loop=LOOP,
+            scratch=tmp_path / name / "teacher",
+            folder=tmp_path / name,
+            checkpoint_every=2,
+            progress=progress,
+        )
+        return weights_hash(model.module, trained=True)
+
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("killed", Kill(5))
+    assert run("killed") == whole
+
+
+SMALL = {
+    "core": 0,
+    "rounds": 2,
+    "seeds": 1,
+    "keep_layers": 1,
+    "precision": "fp32",
+    "student_hidden": 8,
+    "student_epochs": 2,
+    "round_epochs": 1,
+    "teacher_epochs": 1,
+    "student_batch": 16,
+}
+
+
+def test_a_killed_run_resumes_to_the_same_report(decoder, tmp_path):
+    options = {**SMALL, "teacher": str(decoder), "method": "round-start", "compare": ("none",)}
+    whole = recollect.distill(LOG, out=tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        recollect.distill(LOG, out=tmp_path / "killed", progress=Kill(22), **options)
+    resumed = recollect.distill(LOG, out=tmp_path / "killed", resume=True, **options)
+    assert resumed.sections["models"] == whole.sections["models"]
+    assert resumed.sections["differences"] == whole.sections["differences"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert lines[0] == lines[1]
+    stored = read_json(tmp_path / "whole" / "report.json")
+    wanted = {"student_alone", "teacher_alone", "student_distilled", "teacher_distilled", "ensemble", "self_distilled"}
+    assert wanted <= set(stored["models"])
+    assert set(stored["models"]["student_distilled"]["ndcg@10"]) >= {"value", "ci95", "n", "per_seed"}
+    assert {"teacher_alone", "teacher_distilled"} <= set(stored["shuffled_histories"])
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "Sample weights after round 1" in page
+    assert "Validation ndcg@10 per round" in page
+
+
+def stage(folder, kind, number):
+    """The stage of a kind and round in a run folder, as (recipe, model)."""
+    from recollect.distill.stages import Stage
+
+    found = []
+    for path in sorted((folder / "stages").glob(f"{kind}-*")):
+        content = read_json(path / "stage.json")
+        if content["recipe"].get("round") == number:
+            found.append((content["recipe"], Stage("", path, {}, {}).load()))
+    return found
+
+
+def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(decoder, tmp_path):
+    report = recollect.distill(LOG, out=tmp_path / "run", teacher=str(decoder), compare=("all",), **SMALL)
+    models = report.sections["models"]
+    both = {"static", "round-start", "crossfit", "no-update"}
+    expected = {f"{method}/{side}" for method in both for side in ("student", "teacher")}
+    expected |= {"down-only/teacher", "up-only/student", "mutual/student", "popularity/student"}
+    expected |= {"label-smoothing/student", "dllm2rec/student", "llm-srec/teacher"}
+    assert expected <= set(models)
+    assert len(report.sections["half_rounds"]) == len(METHODS)
+    details = report.sections["rows"]
+    students = {row["parameters"] for name, row in details.items() if "student" in name or name == "self_distilled"}
+    assert len(students) == 1  # distillation adds nothing to what is served
+    assert {row["parameters"] for name, row in details.items() if name in ("teacher_alone", "teacher_distilled")} == {
+        details["teacher_alone"]["parameters"]
+    }
+    by_key = {path.name.rpartition("-")[2]: path for path in (tmp_path / "run" / "stages").iterdir()}
+    seen = set()
+    for recipe, llm in stage(tmp_path / "run", "llm-down", 2):
+        from recollect.distill.stages import Stage
+
+        crm = Stage("", by_key[recipe["embedding"]], {}, {}).load()
+        assert torch.equal(llm.module.embedding, crm.module.item_vectors())
+        seen.add(recipe["embedding"] == recipe["teacher"])
+    assert seen == {True, False}  # re-injected; with no-update those of round 0
+    assert type(wrap(crm)) is Crm
+
+
+def test_adding_a_row_reuses_what_is_there(decoder, tmp_path):
+    options = {**SMALL, "teacher": str(decoder), "rounds": 1}
+    first = recollect.distill(LOG, out=tmp_path / "run", compare=("none",), **options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").glob("*/stage.json")}
+    second = recollect.distill(LOG, out=tmp_path / "run", resume=True, compare=("down-only",), **options)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "stages").glob("*/stage.json")}
+    assert after == before  # one downward round of the main method is the whole of down-only
+    assert second.sections["models"]["down-only/teacher"] == first.sections["models"]["teacher_distilled"]

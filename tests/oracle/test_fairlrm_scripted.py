@@ -1,0 +1,296 @@
+"""What scripted models must give end to end: oracles 1-5, 9, 14 and 15 of fairlrm 9, through `prompt_rank` itself."""
+
+import numpy as np
+import pytest
+from support.fair_worlds import (
+    by_popularity,
+    echo,
+    follows_quota,
+    knows_targets,
+    long_tail_world,
+    reader,
+    two_tastes_world,
+)
+
+from recollect.backbones.scripted import ScriptedBackbone
+from recollect.data.splits import leave_one_out
+from recollect.errors import ConfigError, InputError, UnknownName
+from recollect.recommenders.popularity import Popularity
+from recollect.recommenders.prompt_cases import draw_cases
+from recollect.recommenders.prompt_metrics import Judge
+from recollect.recommenders.prompt_rank import prompt_rank
+from recollect.recommenders.prompt_rank_config import PromptRankConfig
+from recollect.recommenders.rerank import quota
+
+PLAIN = {"core": 1, "generator": "pop", "resamples": 50, "rerankers": ()}
+IN_ORDER = {**PLAIN, "orders": "retrieval", "permutations": 1}
+NDCG, RECALL, MRMC = "ndcg@10", "recall@10", "mrmc@10:head/tail"
+TAIL, LTC = "tail_share@10:items20", "ltc@10:items20"
+
+
+@pytest.fixture(scope="module")
+def world():
+    return long_tail_world()
+
+
+def judged(dataset, **options):
+    """The cases of a run and their judge."""
+    config = PromptRankConfig(**{**PLAIN, **options})
+    split = leave_one_out(dataset)
+    cases = draw_cases(dataset, split, Popularity().fit(dataset, split), config)
+    return cases, Judge(cases, config.k)
+
+
+def run(dataset, backbone, tmp_path, **options):
+    return prompt_rank(dataset, backbone=backbone, out=tmp_path / "run", overwrite=True, **{**IN_ORDER, **options})
+
+
+@pytest.mark.parametrize("backend", ["label_logits", "generate"])
+def test_echo_gives_every_metric_of_the_generator_exactly(world, tmp_path, backend):
+    report = run(world, reader(echo, "echo"), tmp_path, preset=("base", "fairlrm"), backend=backend)
+    models = report.sections["models"]
+    for preset in ("base", "fairlrm"):
+        costs = {"tokens_per_user", "seconds_per_user"}
+        assert {name: value for name, value in models[preset].items() if name not in costs} == models["pop"]
+    assert report.sections["user_side"]["verdict"] == "user-side facts not used by this model"
+
+
+def test_oracle_gives_the_share_of_retrieved_targets(world, tmp_path):
+    cases, judge = judged(world)
+    titles = world.catalog.titles
+    targets = {
+        tuple(titles[item] for item in history[-20:]): titles[target]
+        for history, target in zip(cases.histories, cases.targets, strict=True)
+    }
+    report = run(world, reader(knows_targets(targets), "oracle"), tmp_path, preset=("base",), controls=False)
+    share = float(judge.retrieved.mean())
+    assert 0.1 < share < 1
+    assert report.metrics[NDCG]["value"] == pytest.approx(share, abs=1e-12)
+    assert report.metrics[f"{NDCG}|retrieved"]["value"] == pytest.approx(1)
+    assert report.protocol["retrieved_share"] == share
+
+
+@pytest.mark.parametrize("deciles", [False, True])
+def test_popularity_reader_equals_the_closed_form_resort(world, tmp_path, deciles):
+    """Proves that I2 is in the prompt and correctly labelled."""
+    cases, judge = judged(world, candidate_set="mixed")
+    report = run(
+        world,
+        reader(by_popularity, "popularity"),
+        tmp_path,
+        preset=("item", "user"),
+        candidate_set="mixed",
+        deciles=deciles,
+        permutations=4,
+        orders="shuffled",
+        backend="label_logits",
+    )
+    key = cases.popularity.decile if deciles else cases.popularity.is_popular.astype(int)
+    # Orders are averaged, so only classes are determined; the tail share of the first ten is.
+    classes = [-np.sort(-key[row])[:10] for row in cases.candidates]
+    niche = ~cases.popularity.is_popular
+    if not deciles:
+        expected = np.mean([(row == 0).mean() for row in classes])
+        assert report.sections["models"]["item"][TAIL]["value"] == pytest.approx(expected)
+    in_order = run(
+        world,
+        reader(by_popularity, "popularity"),
+        tmp_path,
+        preset=("item", "user"),
+        candidate_set="mixed",
+        deciles=deciles,
+    )
+    lists = np.stack([row[np.argsort(-key[row], kind="stable")] for row in cases.candidates])
+    for name, entry in judge.table(lists, resamples=50, seed=0).items():
+        assert in_order.sections["models"]["item"][name] == entry, name
+    # Without tags the same reader cannot tell: `user` says nothing about candidates.
+    untold = judge.table(np.stack(cases.candidates), resamples=50, seed=0)
+    assert in_order.sections["models"]["user"][TAIL] == untold[TAIL]
+    assert niche.any()
+
+
+def test_rule_follower_equals_quota(world, tmp_path):
+    cases, _ = judged(world, candidate_set="mixed")
+    report = run(
+        world,
+        reader(follows_quota, "rule"),
+        tmp_path,
+        preset=("base", "fairlrm"),
+        candidate_set="mixed",
+        rerankers=("quota",),
+    )
+    models = report.sections["models"]
+    for metric in (NDCG, RECALL, MRMC, TAIL, LTC, "lpd@10"):
+        assert models["fairlrm"][metric] == models["pop + quota"][metric], metric
+    assert models["fairlrm"][MRMC]["value"] < models["base"][MRMC]["value"]
+    assert report.sections["user_side"]["verdict"] == "user-side facts are used by this model"
+
+    items = np.stack(cases.candidates)
+    popular = cases.popularity.is_popular[items]
+    wanted = np.array([profile.quota(10) for profile in cases.profiles])
+    scores = np.broadcast_to(-np.arange(20.0), items.shape)
+    taken = np.take_along_axis(popular, quota(scores, popular, wanted, 10), axis=1)[:, :10].sum(axis=1)
+    reachable = (popular.sum(axis=1) >= wanted) & ((~popular).sum(axis=1) >= 10 - wanted)
+    assert reachable.mean() > 0.5
+    assert (taken == wanted)[reachable].all()
+
+
+RUBBISH = (
+    "I would love to help! Here are some thoughts.",
+    '["A", "A", "B", "Nowhere Land", "A"]',
+    '```json\n["C", "D", "E"',
+    "1. **Title 003**\n2. Imaginary Film (1999)\n- A\n",
+    "",
+    '{"ranking": [[[[[[[[[[1]]]]]]]]]]}',
+    "\x00\ud800 A, B, C, D",
+    "[" * 5000,
+)
+
+
+def test_rubbish_never_raises_and_invents_no_item(world, tmp_path):
+    def generate(request):
+        return RUBBISH[len(request.messages[-1].content) % len(RUBBISH)]
+
+    report = run(
+        world, ScriptedBackbone(generate=generate, name="rubbish"), tmp_path, preset=("base",), backend="generate"
+    )
+    written = report.sections["written"]["base"]
+    assert 0 < written["invalid_rate"] <= 1
+    assert written["filled"] > 0
+    assert written["fill"] == "backbone"
+    assert report.metrics[RECALL]["n"] == 60
+    cases, _ = judged(world)
+    assert report.protocol["fill"] == "backbone"
+    assert set(np.concatenate(cases.candidates)) <= set(range(world.n_items))
+
+
+def test_label_sensitivity_of_the_popularity_reader_is_negative_for_everybody(world, tmp_path):
+    report = run(
+        world,
+        reader(by_popularity, "popularity"),
+        tmp_path,
+        preset=("fairlrm",),
+        candidate_set="mixed",
+        orders="shuffled",
+        permutations=2,
+    )
+    found = report.sections["label_sensitivity"]
+    assert found["n"] == 60
+    assert found["negative"] == 60
+    assert found["change"]["ci95"][1] < 0
+    assert found["p_sign"] < 1e-12
+    blind = run(world, reader(echo, "echo"), tmp_path, preset=("fairlrm",), candidate_set="mixed")
+    assert blind.sections["label_sensitivity"]["change"]["value"] == 0
+    assert blind.sections["label_sensitivity"]["p_sign"] == 1
+
+
+def test_following_the_user_side_raises_the_recall_of_niche_users_and_a_class_blind_reader_cannot(tmp_path):
+    dataset = two_tastes_world()
+    options = {"candidates": 26, "preset": ("base", "fairlrm"), "resamples": 200}
+    told = run(dataset, reader(follows_quota, "rule"), tmp_path, **options)
+    blind = run(dataset, reader(echo, "echo"), tmp_path, **options)
+    recall = {
+        name: {preset: report.sections["groups"][preset][RECALL]["niche"]["value"] for preset in ("base", "fairlrm")}
+        for name, report in {"told": told, "blind": blind}.items()
+    }
+    assert recall["told"]["fairlrm"] > recall["told"]["base"] + 0.1
+    assert recall["blind"]["fairlrm"] == recall["blind"]["base"] == recall["told"]["base"]
+
+
+def test_shuffled_profiles_cost_the_rule_follower_and_the_report_says_so_of_one_who_does_not_read_them(tmp_path):
+    dataset = two_tastes_world()
+    options = {"candidates": 26, "preset": ("fairlrm",), "resamples": 400}
+    told = run(dataset, reader(follows_quota, "rule"), tmp_path, **options)
+    blind = run(dataset, reader(echo, "echo"), tmp_path, **options)
+    assert told.sections["user_side"]["verdict"] == "user-side facts are used by this model"
+    assert told.sections["user_side"]["mrmc"]["difference"]["ci95"][1] < 0
+    assert "user-side facts not used by this model" not in told.warnings
+    assert "user-side facts not used by this model" in blind.warnings
+    assert "user-side facts not used by this model" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_attributes_are_measured_one_at_a_time(world, tmp_path):
+    def by_gender(chat, shown):
+        backwards = "gender: F" in chat[-1].content
+        return list(range(len(shown)))[:: -1 if backwards else 1]
+
+    report = run(world, reader(by_gender, "gender"), tmp_path, preset=("base",), attributes=("gender",), candidates=20)
+    overlap = report.sections["stability"]["gender"]["jaccard"]["value"]
+    assert overlap == pytest.approx(0.5)  # half the users' lists are turned round: nothing of the first ten stays
+    with pytest.raises(InputError, match="occupation"):
+        run(world, reader(echo, "echo"), tmp_path, preset=("base",), attributes=("occupation",))
+
+
+def test_inserted_targets_are_named_in_every_metric(world, tmp_path):
+    report = run(world, reader(echo, "echo"), tmp_path, preset=("base",), insert_target=True)
+    assert all("~inserted" in name for name in report.metrics if "per_user" not in name)
+    assert report.protocol["retrieved_share"] == 1
+    assert any("say nothing" in warning for warning in report.warnings)
+
+
+def test_report_holds_curves_with_intervals_and_hyper_volumes(world, tmp_path):
+    report = run(
+        world,
+        reader(follows_quota, "rule"),
+        tmp_path,
+        preset=("all",),
+        rerankers=("cp", "poppen", "xquad", "mmr", "quota"),
+    )
+    curves = {curve["method"]: curve for curve in report.sections["curves"]["calibration"]["curves"]}
+    assert {"pop + cp", "pop + poppen", "fairlrm + cp", "pop mixed with anti"} <= set(curves)
+    first = curves["pop + cp"]["points"]
+    assert len(first) == 11
+    assert first[0][MRMC]["value"] == pytest.approx(report.sections["models"]["pop"][MRMC]["value"])
+    assert first[0][NDCG]["ci95"][0] <= first[0][NDCG]["value"] <= first[0][NDCG]["ci95"][1]
+    values = [point[MRMC]["value"] for point in first]
+    assert values[-1] < values[0]
+    for plane in report.sections["curves"].values():
+        assert plane["reference"] == "pop + cp"
+        for curve in plane["curves"]:
+            assert 0 <= curve["hypervolume"]["value"] <= 1
+            assert (curve["difference"] is None) == (curve["method"] == "pop + cp")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") >= 2
+    assert "hyper-volume" in page
+    assert report.protocol["fingerprint"]
+
+
+def test_a_reader_of_places_is_called_one(world, tmp_path):
+    options = {"preset": ("base",), "orders": "shuffled", "permutations": 2}
+    places = run(world, reader(echo, "echo"), tmp_path, **options)
+    assert abs(places.sections["orders"]["base"]["kendall_tau"]["value"]) < 0.15
+    assert any("ranks places and labels, not items" in warning for warning in places.warnings)
+
+    def by_title(chat, shown):
+        return sorted(range(len(shown)), key=lambda at: shown[at].title)
+
+    items = run(world, reader(by_title, "titles"), tmp_path, **options)
+    assert items.sections["orders"]["base"]["kendall_tau"]["value"] == 1
+    assert not any("ranks places" in warning for warning in items.warnings)
+
+
+def test_a_global_temporal_split_is_judged_on_the_last_event_after_the_cut(world, tmp_path):
+    report = run(world, reader(echo, "echo"), tmp_path, preset=("base",), protocol="gts", candidates=10)
+    assert "global_temporal" in report.protocol["split"]
+    assert "target=last" in report.protocol["split"]
+    assert report.metrics[NDCG] == report.sections["models"]["pop"][NDCG]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"preset": ("fair",)}, UnknownName, "fairlrm-without-I1"),
+        ({"generator": "popular"}, UnknownName, "ease"),
+        ({"k": 30}, ConfigError, "number of candidates"),
+        ({"candidate_set": "full"}, ConfigError, "title_loglik or yes_no"),
+        ({"permutations": 3}, ConfigError, "one retrieval order"),
+        ({"backend": "generate", "calibrate": True}, ConfigError, "label scores"),
+        ({"candidates": 80}, InputError, "fewer than 80 unseen|fewer"),
+        ({"candidates": 800}, InputError, "fewer candidates"),
+        ({"users": 0}, ConfigError, "at least 1"),
+        ({"rerankers": ("best",)}, ConfigError, "xquad"),
+    ],
+)
+def test_bad_options_are_refused_with_what_is_allowed(world, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        run(world, reader(echo, "echo"), tmp_path, **options)
