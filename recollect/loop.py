@@ -1,9 +1,9 @@
 """The one training loop: accumulation, schedule, validation, best weights, checkpoints and exact resume.
 
-A run is a pure function of (module as given, batches, config).  Batch i of an epoch comes from `batches(epoch)[i]` and
-the randomness inside a step (dropout, negatives) from a seed made of (config.seed, step, process), so a checkpoint
-needs no generator state and a resumed run repeats the uninterrupted one: bit for bit on a CPU.  The process's global
-torch generator is left as it was found.
+A run is a pure function of (module as given, batches, config, number of processes).  Batch i of an epoch comes from
+`batches(epoch)[i]` and the randomness of its step (dropout, negatives) from a seed made of (config.seed, epoch, i), so
+a checkpoint needs no generator state and a resumed run repeats the uninterrupted one: bit for bit on a CPU.  The
+process's global torch generator is left as it was found.
 
 Not covered: what a batch or a loss is; moving frozen weights to disk (a checkpoint holds what is trained, and buffers).
 """

@@ -32,10 +32,10 @@ SUMMARIES = {
     "down-only": "the conventional model teaches the LLM",
     "up-only": "the LLM, trained alone, teaches the conventional model",
     "self": "another seed of the conventional model teaches it: does the LLM matter at all?",
-    "mutual": "two conventional models teach each other at once",
+    "mutual": "two conventional models teach each other at once, in one training as long as all rounds",
     "popularity": "a teacher that only knows how often each item occurs",
     "label-smoothing": "a teacher that knows nothing",
-    "dllm2rec": "DLLM2Rec: the LLM's weighted top list and its item vectors",
+    "dllm2rec": "DLLM2Rec: the LLM's weighted top list and its item vectors, in one training as long as all rounds",
     "llm-srec": "LLM-SRec: small heads on the frozen LLM learn the conventional model's users",
 }
 STUDENTS = ("sasrec", "gsasrec", "gru4rec", "lrurec", "hstu")

@@ -1,9 +1,12 @@
 """Baselines that distil in another way than by half-rounds: constant teachers, mutual learning, DLLM2Rec, LLM-SRec.
 
-All start from the conventional model trained alone and see the same samples, validation and epochs as an upward
-half-round of round 1. Ours, where the papers need generated text or a language model that was not fine-tuned: in
-DLLM2Rec the distance behind the confidence is 1 - cosine of the LLM's state and the item's row of its output layer;
-in LLM-SRec the frozen LLM is the LLM recommender trained alone.
+All start from the conventional model trained alone and see the same samples and validation as upward half-rounds.
+Constant teachers go through as many of them as the alternation; mutual learning and DLLM2Rec train once, for at most
+the epochs of all rounds together.
+
+Ours, where the papers need generated text or a language model that was not fine-tuned: in DLLM2Rec the distance behind
+the confidence is 1 - cosine of the LLM's state and the item's row of its output layer; in LLM-SRec the frozen LLM is
+the LLM recommender trained alone.
 """
 
 from __future__ import annotations
@@ -36,21 +39,26 @@ SREC_BATCH = 256
 SREC_EPOCHS = 30
 
 
-def _loop(shop: Workshop, model: Any, name: str, seed: int) -> LoopConfig:
-    loop = replace(model.config.loop, epochs=shop.config.round_epochs, patience=shop.config.round_patience)
-    return half_loop(loop, round_number=1, seed=call_seed(seed, "distill", name), halve=False)
+def _at_once(shop: Workshop, model: Any, name: str, seed: int) -> LoopConfig:
+    """A training as long as all upward half-rounds together."""
+    loop = replace(model.config.loop, epochs=_all_epochs(shop), patience=shop.config.round_patience)
+    return replace(loop, seed=call_seed(seed, "distill", name))
+
+
+def _all_epochs(shop: Workshop) -> int:
+    return shop.config.rounds * shop.config.round_epochs
 
 
 def _recipe(shop: Workshop, seed: int, **more: Any) -> dict[str, Any]:
-    return {"seed": seed, "epochs": shop.config.round_epochs, "patience": shop.config.round_patience, **more}
+    return {"seed": seed, "epochs": _all_epochs(shop), "patience": shop.config.round_patience, **more}
 
 
-def constant(shop: Workshop, seed: int, crm: Stage, kind: str) -> Stage:
-    """A teacher of popularity or of nothing, with the temperature and strength of the upward half-rounds, w = 1."""
+def constant(shop: Workshop, seed: int, crm: Stage, kind: str, number: int) -> Stage:
+    """An upward half-round under a teacher of popularity or of nothing: temperature and strength as ever, w = 1."""
     how: Strength = shop.strength("up", "static")
 
     def make(work: Path) -> tuple[Any, dict[str, Any]]:
-        shop.progress.stage(f"{kind} teacher, seed {seed}")
+        shop.progress.stage(f"round {number}, {kind} teacher, seed {seed}")
         model = crm.load()
         counts = np.bincount(shop.sequences.items, minlength=shop.dataset.n_items)
         if kind == "label-smoothing":
@@ -60,7 +68,12 @@ def constant(shop: Workshop, seed: int, crm: Stage, kind: str) -> Stage:
             constant_teacher(counts, shop.sequences),
             shop.sequences,
             how=how,
-            loop=_loop(shop, model, kind, seed),
+            loop=half_loop(
+                replace(model.config.loop, epochs=shop.config.round_epochs, patience=shop.config.round_patience),
+                round_number=number,
+                seed=call_seed(seed, "distill", kind, number),
+                halve=True,
+            ),
             scratch=work / "teacher",
             validation=shop.validation,
             folder=work,
@@ -68,7 +81,9 @@ def constant(shop: Workshop, seed: int, crm: Stage, kind: str) -> Stage:
         )
         return model, info_of(model, result, shop.validation, shop.cut)
 
-    return shop.stages.get("crm-constant", _recipe(shop, seed, crm=crm.key, kind=kind, how=to_dict(how)), make)
+    recipe = _recipe(shop, seed, crm=crm.key, kind=kind, how=to_dict(how))
+    recipe |= {"round": number, "epochs": shop.config.round_epochs}
+    return shop.stages.get("crm-constant", recipe, make)
 
 
 def mutual(shop: Workshop, seed: int, first: Stage, second: Stage) -> Stage:
@@ -87,7 +102,7 @@ def mutual(shop: Workshop, seed: int, first: Stage, second: Stage) -> Stage:
             of_two, _ = fused_distillation_loss(two, batch.targets, one.detach(), **options)
             return of_one + of_two
 
-        loop = _loop(shop, model, "mutual", seed)
+        loop = _at_once(shop, model, "mutual", seed)
         result = train(
             nn.ModuleList([model.module, other.module]),
             batches=sides[0].training(shop.sequences, loop.seed),
@@ -150,7 +165,7 @@ def dllm2rec(shop: Workshop, seed: int, crm: Stage, llm: Stage) -> Stage:
                 towards = list_loss(logits, own, list_weights(own, far, logits), negative)
                 return nn.functional.cross_entropy(logits, batch.targets) + LIST_STRENGTH * towards
 
-        loop = _loop(shop, model, "dllm2rec", seed)
+        loop = _at_once(shop, model, "dllm2rec", seed)
         result = train(
             model.module,
             batches=student.training(shop.sequences, loop.seed),
@@ -216,7 +231,9 @@ def llm_srec(shop: Workshop, seed: int, crm: Stage, llm: Stage) -> Stage:
         )
         return model, info_of(model, result, shop.validation, shop.cut)
 
-    return shop.stages.get("llm-srec", _recipe(shop, seed, crm=crm.key, llm=llm.key, batch=SREC_BATCH), make)
+    return shop.stages.get(
+        "llm-srec", _recipe(shop, seed, crm=crm.key, llm=llm.key, batch=SREC_BATCH, epochs=SREC_EPOCHS), make
+    )
 
 
 def _joined(states: Iterator[tuple[np.ndarray, Any]], position: np.ndarray) -> Tensor:

@@ -67,7 +67,7 @@ def list_loss(student_logits: Tensor, teacher_list: Tensor, weight: Tensor, nega
     Args:
         student_logits: (B, N).
         teacher_list, weight: (B, K), see `list_weights`.
-        negative: (B,) int64, an item the user has not touched.
+        negative: (B,) int64, an item that is not the next one.
 
     Returns:
         Scalar; add `LIST_STRENGTH` times it to the student's own loss.

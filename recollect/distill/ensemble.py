@@ -1,7 +1,7 @@
 """Logit ensemble of two stand-alone models: the ceiling a distilled student is held against (spec 4.4 g).
 
-Each model's scores are standardised within the case over the whole catalogue, then mixed; the mixing weight is chosen
-on validation cases, never on test.
+Each model's scores are standardised within the case over the whole catalogue, seen items included, then mixed, then
+masked; the mixing weight is chosen on validation cases, of the same mixture, never on test.
 """
 
 from __future__ import annotations
@@ -74,14 +74,33 @@ class WeightChoice:
         self.weights = np.asarray(weights, dtype=np.float64)
         self._k = k
         self._sum = np.zeros(len(self.weights))
-        self._n_cases = 0
+        self._total = 0.0
 
-    def add(self, first: np.ndarray, second: np.ndarray, target: np.ndarray) -> None:
-        """Take in validation cases: scores (B, N) of both models, masked alike, and the true items (B,)."""
+    def add(
+        self,
+        first: np.ndarray,
+        second: np.ndarray,
+        target: np.ndarray,
+        *,
+        masked: np.ndarray | None = None,
+        share: np.ndarray | None = None,
+    ) -> None:
+        """Take in validation cases.
+
+        Args:
+            first, second: scores (B, N) of both models, unmasked, as `EnsembleScores` mixes them.
+            target: (B,) the true items.
+            masked: (B, N) bool, items that are not ranked; never the target.
+            share: (B,) what each case counts for; default 1.
+        """
+        share = np.ones(len(target)) if share is None else share
+        one, two = case_z_scores(first), case_z_scores(second)
         for number, weight in enumerate(self.weights.tolist()):
-            counts = rank_counts(mixed_scores(first, second, weight), target)
-            self._sum[number] += ndcg(*counts, self._k).sum()
-        self._n_cases += len(target)
+            mixed = (1.0 - weight) * one + weight * two
+            if masked is not None:
+                mixed[masked] = -np.inf
+            self._sum[number] += (ndcg(*rank_counts(mixed, target), self._k) * share).sum()
+        self._total += float(share.sum())
 
     @property
     def curve(self) -> np.ndarray:
@@ -90,9 +109,9 @@ class WeightChoice:
         Raises:
             InputError: no case was added.
         """
-        if not self._n_cases:
+        if not self._total:
             raise InputError("the ensemble weight cannot be chosen without validation cases")
-        return self._sum / self._n_cases
+        return self._sum / self._total
 
     @property
     def best(self) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,11 +15,21 @@ from recollect.data.examples import Cases
 from recollect.distill.llm_srec import Heads
 from recollect.errors import ModelFileError
 from recollect.eval.metrics import ndcg, rank_counts
+from recollect.eval.statistics import cluster_codes
 from recollect.io import atomic_open, read_json, write_json
 from recollect.recommenders.closed_form import check_question, of_candidates
 from recollect.recommenders.llm_sequential import LlmSequential
 from recollect.recommenders.neural import SCORE_CELLS
 from recollect.rng import call_seed, stream
+
+
+class Prepared(NamedTuple):
+    """Validation cases as `LlmSRec` reads them: states (M, D), histories, targets (M,), what each counts for (M,)."""
+
+    states: Tensor
+    histories: list[np.ndarray]
+    target: np.ndarray
+    share: np.ndarray
 
 
 class LlmSRec:
@@ -27,7 +38,8 @@ class LlmSRec:
     Args:
         frozen: the LLM recommender that reads histories.
         collaborative_width: of the conventional model's user vectors the heads are trained towards.
-        source: folder of the frozen recommender; the heads are saved beside a reference to it, not with a copy.
+        source: folder of the frozen recommender; the heads are saved with its path relative to theirs, not with a copy,
+            so that a folder which holds both may move.
     """
 
     name: ClassVar[str] = "llm-srec"
@@ -60,15 +72,17 @@ class LlmSRec:
         with torch.inference_mode():
             return self.module.logits(states, self.frozen.module.head.weight).cpu().numpy()
 
-    def prepared(self, cases: Cases) -> tuple[Tensor, list[np.ndarray], np.ndarray]:
-        """The frozen model's states of validation cases, one per target, with histories and targets."""
+    def prepared(self, cases: Cases) -> Prepared:
+        """The frozen model's states of validation cases, one per target; users weigh alike."""
         index = np.repeat(np.arange(len(cases)), cases.last - cases.first)
         histories = cases.histories(index)
-        return self.frozen.user_states(histories).clone(), histories, np.concatenate(cases.targets())
+        codes, _ = cluster_codes(cases.user[index])
+        share = 1.0 / np.bincount(codes)[codes]
+        return Prepared(self.frozen.user_states(histories).clone(), histories, np.concatenate(cases.targets()), share)
 
-    def prepared_ndcg(self, prepared: tuple[Tensor, list[np.ndarray], np.ndarray], k: int = 10) -> float:
-        """Mean NDCG@k over prepared cases, the history's items masked, never the target."""
-        states, histories, target = prepared
+    def prepared_ndcg(self, prepared: Prepared, k: int = 10) -> float:
+        """As `recollect.recommenders.neural.validation_ndcg`, over prepared cases."""
+        states, histories, target, share = prepared
         total = 0.0
         for low in range(0, len(target), 512):
             part = slice(low, low + 512)
@@ -76,8 +90,8 @@ class LlmSRec:
             of_target = scores[np.arange(len(own)), target[part]]
             scores[np.repeat(np.arange(len(own)), [len(history) for history in own]), np.concatenate(own)] = -np.inf
             scores[np.arange(len(own)), target[part]] = of_target
-            total += float(ndcg(*rank_counts(scores, target[part]), k).sum())
-        return total / len(target)
+            total += float((ndcg(*rank_counts(scores, target[part]), k) * share[part]).sum())
+        return total / float(share.sum())
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the heads and where the frozen model is."""
@@ -86,7 +100,8 @@ class LlmSRec:
         folder = Path(folder)
         with atomic_open(folder / "model.safetensors", "wb") as handle:
             handle.write(save({name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}))
-        content = {"kind": self.name, "source": self.source, "seed": self.seed, "width": self.collaborative_width}
+        source = Path(os.path.relpath(self.source, folder)).as_posix()
+        content = {"kind": self.name, "source": source, "seed": self.seed, "width": self.collaborative_width}
         write_json(folder / "config.json", content)
 
     @classmethod
@@ -104,8 +119,13 @@ class LlmSRec:
             raise ModelFileError(
                 f"{folder} holds a model of kind {content.get('kind')!r} where {cls.name!r} is expected"
             )
-        frozen = LlmSequential.from_pretrained(content["source"])
-        model = cls(frozen, collaborative_width=content["width"], seed=content["seed"], source=content["source"])
+        source = Path(os.path.normpath(folder / content["source"]))
+        if not source.is_dir():
+            raise ModelFileError(
+                f"the LLM recommender that {folder} was trained on is not at {str(source)!r}; train again"
+            )
+        frozen = LlmSequential.from_pretrained(source)
+        model = cls(frozen, collaborative_width=content["width"], seed=content["seed"], source=str(source))
         model.module.load_state_dict(load_file(folder / "model.safetensors"))
         return model
 

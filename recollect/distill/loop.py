@@ -77,7 +77,7 @@ def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None 
         seeds = [_run_seed(shop, seed) for seed in config.all_seeds]
         write_text(out / METRICS_FILE, "".join(_metric_lines(seeds)))
         progress.stage("comparing")
-        report = make_report(config, dataset, split, seeds, manifest)
+        report = make_report(config, dataset, split, seeds, manifest, shop.stages.seconds)
         report.save(out)
     finally:
         lock.release()
@@ -298,7 +298,8 @@ def _plan(config: DistillConfig, dataset: Dataset, split: Split) -> Report:
     """What a run would do: half-rounds per seed, samples, LLM epochs."""
     both = sum(method in IN_ROUNDS for method in config.rows) * config.rounds
     down = both + config.rounds * ("down-only" in config.rows)
-    up = both + config.rounds * sum(method in config.rows for method in ("up-only", "self"))
+    one_teacher = ("up-only", "self", "popularity", "label-smoothing")
+    up = both + config.rounds * sum(method in config.rows for method in one_teacher)
     llm_epochs = config.teacher_epochs * (1 + (config.folds - 1) * ("crossfit" in config.rows))
     numbers = {
         "seeds": config.seeds,

@@ -1,6 +1,8 @@
 """The rows of a distillation table: each method as the sequence of stages that makes its models (spec 4.3, 4.4).
 
-Rounds stop early when a round improved neither side on validation; what a row reports is each side's best round by
+The alternation stops early when a round improved neither side on validation. Its controls train for as many epochs at
+most as its student does in all rounds, and those with a frozen teacher go through every round, so that none loses for
+want of training. What a row reports is each side's best round by
 validation, round 0 (both models alone) excluded, so a row never falls back on a model that was not distilled.
 """
 
@@ -64,7 +66,10 @@ def run_method(shop: Workshop, method: str, seed: int) -> Row:
         teacher = shop.llm(seed, crm) if method == "up-only" else shop.crm(seed + OTHER_SEED)
         return _upward(shop, row, crm, teacher)
     if method in ("popularity", "label-smoothing"):
-        row.note(1, "up", controls.constant(shop, seed, crm, method))
+        student = crm
+        for number in range(1, shop.config.rounds + 1):
+            student = controls.constant(shop, seed, student, method, number)
+            row.note(number, "up", student)
     elif method == "mutual":
         row.note(1, "up", controls.mutual(shop, seed, crm, shop.crm(seed + OTHER_SEED)))
     elif method == "dllm2rec":
@@ -97,12 +102,9 @@ def _rounds(shop: Workshop, method: str, seed: int, crm: Stage) -> Row:
 
 
 def _upward(shop: Workshop, row: Row, crm: Stage, teacher: Stage) -> Row:
-    """One frozen teacher, as many upward half-rounds as the alternation has."""
+    """One frozen teacher, in as many upward half-rounds as the alternation may have."""
     student = crm
     for number in range(1, shop.config.rounds + 1):
-        before = row.student
         student = shop.up(row.seed, number, student, teacher, ranks="online")
         row.note(number, "up", student)
-        if number > 1 and row.student == before:
-            break
     return row

@@ -172,7 +172,7 @@ def weight_panels(config: DistillConfig, seeds: Sequence[SeedResults]) -> list[d
                 "series": series,
                 "axis": "share of samples",
                 "note": "By the ranks of both models in evaluation mode, over the training samples of up to 100 users. "
-                "0 ignores the teacher, 1 trusts it as an equal, 2 most.",
+                "0 ignores the teacher, 1 trusts it as an equal, 2 most; bins by their lower edge.",
             }
         )
     means = [
@@ -188,7 +188,8 @@ def weight_panels(config: DistillConfig, seeds: Sequence[SeedResults]) -> list[d
                 "title": f"Mean weights, seed {seeds[0].seed}",
                 "columns": ["method", "round", "direction", "training samples", "validation cases"],
                 "rows": means,
-                "note": "Training ranks flatter whoever memorises more: compare with validation.",
+                "note": "What the ranks of both models after the half-round would give, whatever weights the method "
+                "trained by. Training ranks flatter whoever memorises more: compare with validation.",
             }
         )
     return found
@@ -205,7 +206,8 @@ def shuffle_panel(report: Report, metric: str) -> dict[str, Any]:
             [name, entry["in_order"], entry["shuffled"], f"{100 * entry['relative']:+.1f} %"]
             for name, entry in found.items()
         ],
-        "note": "A model that loses nothing does not use the order.",
+        "note": "Mean over seeds, without intervals: one random order per history. A model that loses nothing shows no "
+        "use of the order.",
     }
 
 
@@ -219,8 +221,9 @@ def cost_panel(report: Report) -> dict[str, Any]:
             [name, row["parameters"], _mean(row["epochs"]), _mean(row["seconds"]), _mean(row["samples_per_second"])]
             for name, row in report.sections["rows"].items()
         ],
-        "note": "Of the reported checkpoint's own training; stages before it are shared between rows. Samples are "
-        "positions; of the student alone, sequences.",
+        "note": "Parameters: what serving reads, item vectors included, the decoder's table of words left out. Epochs "
+        "and seconds: of the reported checkpoint's own training, in the process that ended it; stages before it are "
+        "shared between rows. Samples are positions; of the student alone, sequences.",
     }
 
 
@@ -231,4 +234,6 @@ def method_panel(config: DistillConfig) -> dict[str, Any]:
         "title": "Methods",
         "columns": ["name", "what it is"],
         "rows": [[method, SUMMARIES[method]] for method in config.rows],
+        "note": f"Controls may train as long as the distilled student, {config.rounds * config.round_epochs} epochs "
+        "after the student alone; llm-srec trains its small heads for up to 30.",
     }

@@ -7,9 +7,10 @@ killed half-round repeats itself.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from recollect.distill.learners import (
     require_same_items,
     states_of,
     trained_samples,
+    weights_hash,
 )
 from recollect.distill.weights import sample_weights, true_item_rank
 from recollect.errors import ConfigError
@@ -78,11 +80,12 @@ def train_half(
         fixed_ranks: (student's, teacher's) ranks (E,) for cross-fitted weights.
         scratch: the teacher's states are kept here while the half-round lasts.
         validation: cases by whose NDCG@10 the best epoch is chosen; None keeps the last.
-        folder: of checkpoints; a half-round found there is continued.
+        folder: of checkpoints; a half-round found there is continued if it is this one.
 
     Raises:
         InputError: the teacher scores other items than the student.
         ConfigError: cross-fitted weights without their ranks.
+        ResumeRefused: `folder` holds a half-round under another teacher or other options.
         TrainingDiverged: a loss or weight became NaN or infinite.
     """
     require_same_items(student, teacher)
@@ -99,6 +102,8 @@ def train_half(
             progress=progress,
         )
     wanted = trained_samples(student, sequences)
+    # Before the teacher is wrapped: a checkpoint under another teacher or other weights is not continued.
+    identity = {"how": asdict(how), "teacher": _teacher_identity(teacher)}
     try:
         if not isinstance(teacher, SampleTeacher):
             if progress is not None:
@@ -129,9 +134,16 @@ def train_half(
             folder=folder,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            identity=identity,
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _teacher_identity(teacher: Learner | SampleTeacher) -> str:
+    if isinstance(teacher, SampleTeacher):
+        return hashlib.sha256(teacher.rank.tobytes()).hexdigest()
+    return weights_hash(teacher.module, trained=True)
 
 
 def _validator(student: Learner, validation: Cases | None) -> Callable[[], float] | None:

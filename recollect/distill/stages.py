@@ -64,12 +64,14 @@ class Stages:
     """The stages of a run.
 
     folder: `stages/` of the run.  context: part of every recipe (data fingerprint, split).  made: stages made by this
-    process, for the progress of long runs.
+    process, for the progress of long runs.  seconds: what training each stage took that this process asked for, made
+    or read back.
     """
 
     folder: Path
     context: Mapping[str, Any]
     made: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def get(self, kind: str, recipe: Mapping[str, Any], make: Callable[[Path], tuple[Any, dict[str, Any]]]) -> Stage:
         """The stage of a recipe; `make(work folder)` gives the model (or None) and what is to be known of it."""
@@ -83,7 +85,10 @@ class Stages:
             write_json(folder / STAGE_FILE, {"recipe": full, "info": info})
             self.made.append(folder.name)
         shutil.rmtree(folder / "work", ignore_errors=True)
-        return Stage(key, folder, full, read_json(folder / STAGE_FILE)["info"])
+        info = read_json(folder / STAGE_FILE)["info"]
+        if "seconds" in info:
+            self.seconds[folder.name] = float(info["seconds"])
+        return Stage(key, folder, full, info)
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ Nothing here decides what is compared (`recollect.distill.methods`) or how a hal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +20,11 @@ from recollect.distill.config import LONG_HISTORIES, DistillConfig
 from recollect.distill.crossfit import crossfit_ranks, rows_without, user_folds
 from recollect.distill.ensemble import WeightChoice
 from recollect.distill.learners import Crm, Llm, ranks_of, wrap
+from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.rounds import CrossfitRanks, RankSource, Strength, half_loop, train_half, weight_statistics
 from recollect.distill.samples import training_samples
 from recollect.distill.stages import Stage, Stages, read_columns, write_columns
+from recollect.eval.statistics import cluster_codes
 from recollect.loop import LoopResult
 from recollect.progress import Progress
 from recollect.recommenders.llm_sequential import LlmConfig, LlmSequential
@@ -242,7 +245,11 @@ class Workshop:
     # What both sides give together
 
     def crossfit(self, seed: int) -> Stage:
-        """Ranks of every training sample under fold models of both sides (`ranks.safetensors` of the stage)."""
+        """Ranks of every training sample under fold models of both sides (`ranks.safetensors` of the stage).
+
+        A fold model is fitted without the fold's users. Its epoch is chosen on the validation cases of everybody, which
+        are no training samples.
+        """
         options = self.teacher_options(seed), self.student_options(seed)
 
         def make(work: Path) -> tuple[Any, dict[str, Any]]:
@@ -250,6 +257,7 @@ class Workshop:
             fold = user_folds(samples.user, self.config.folds, seed)
             columns = {}
             fitted: dict[int, Any] = {}
+            seconds: list[float] = []
 
             def fit_crm(number: int, kept: np.ndarray) -> Any:
                 self.progress.stage(f"fold {number + 1} of {self.config.folds}: {self.config.student}, seed {seed}")
@@ -258,6 +266,7 @@ class Workshop:
                 fitted[number] = model.fit(
                     self.dataset, self.split, rows=rows, folder=work / f"crm-{number}", progress=self.progress
                 )
+                seconds.append(model.result.wall_seconds)
                 return model
 
             def fit_llm(number: int, kept: np.ndarray) -> Any:
@@ -265,7 +274,7 @@ class Workshop:
                 rows = rows_without(self.dataset, self.split.train, np.unique(samples.user[fold == number]))
                 vectors = fitted[number].module.item_vectors().detach().cpu().numpy()
                 model = LlmSequential(options[0], item_embedding=vectors)
-                return model.fit(
+                model.fit(
                     self.dataset,
                     self.split,
                     rows=rows,
@@ -273,6 +282,9 @@ class Workshop:
                     checkpoint_every=CHECKPOINT_STEPS,
                     progress=self.progress,
                 )
+                assert model.result is not None
+                seconds.append(model.result.wall_seconds)
+                return model
 
             def rank(model: Any, index: np.ndarray) -> np.ndarray:
                 wanted = np.zeros(len(self.sequences.items), dtype=bool)
@@ -284,7 +296,8 @@ class Workshop:
                 column[samples.position] = crossfit_ranks(fold, fit, rank)
                 columns[name] = column
             write_columns(work.parent / "ranks.safetensors", columns)
-            return None, {name: float(np.nanmedian(column)) for name, column in columns.items()}
+            medians = {name: float(np.nanmedian(column)) for name, column in columns.items()}
+            return None, {**medians, "seconds": round(sum(seconds), 3)}
 
         recipe = {"llm": to_dict(options[0]), "crm": to_dict(options[1]), "model": self.config.student}
         return self.stages.get("crossfit", {**recipe, "folds": self.config.folds, "seed": seed}, make)
@@ -297,21 +310,22 @@ class Workshop:
             choice = WeightChoice(k=self.cut)
             models = [stage.load() for stage in (first, second)]
             cases = self.validation
-            per_case = cases.last - cases.first
-            index = np.repeat(np.arange(len(cases)), per_case)
+            index = np.repeat(np.arange(len(cases)), cases.last - cases.first)
             histories, target = cases.histories(index), np.concatenate(cases.targets())
+            codes, _ = cluster_codes(cases.user[index])
+            share = 1.0 / np.bincount(codes)[codes]  # users weigh alike, as in the tables
             parts = [model.score_batches(histories) for model in models]
             for (part, one), (_, two) in zip(*parts, strict=True):
-                for scores in (one, two):
-                    _mask(scores, histories[part], target[part])
-                choice.add(one, two, target[part])
+                masked = _seen(histories[part], target[part], one.shape[1])
+                choice.add(one, two, target[part], masked=masked, share=share[part])
             return None, {
                 "weight": choice.best,
                 "validation": float(choice.curve.max()),
                 "curve": choice.curve.tolist(),
             }
 
-        return self.stages.get("ensemble", {"first": first.key, "second": second.key, "k": self.cut}, make)
+        recipe = {"first": first.key, "second": second.key, "k": self.cut, "standardised": "whole catalogue"}
+        return self.stages.get("ensemble", recipe, make)
 
     @property
     def cut(self) -> int:
@@ -334,11 +348,30 @@ def info_of(model: Any, result: LoopResult | None, validation: Cases, cut: int, 
         "best_epoch": result.best_epoch,
         "steps": result.steps,
         "curve": result.history,
-        "parameters": sum(parameter.numel() for parameter in model.module.parameters()),
+        "parameters": served_parameters(model),
         "seconds": round(result.wall_seconds, 3),
         "samples_per_second": round(result.samples_per_second, 1),
         **more,
     }
+
+
+def served_parameters(model: Any) -> int:
+    """Numbers that a model reads when it serves: weights, trained or frozen, and item vectors.
+
+    Of an LLM recommender the decoder's table of words is left out: it reads item vectors in their place, and of the
+    words those of the instruction alone, which it keeps apart (not counted). LLM-SRec is served with its frozen LLM and
+    without the head for conventional users, which only training needs.
+    """
+    if isinstance(model, LlmSRec):
+        unused = sum(parameter.numel() for parameter in model.module.collaborative.parameters())
+        return served_parameters(model.frozen) + sum(part.numel() for part in model.module.parameters()) - unused
+    total = sum(parameter.numel() for parameter in model.module.parameters())
+    if isinstance(model, LlmSequential):
+        module = model.module
+        assert module is not None
+        total += module.embedding.numel() + (0 if module.text is None else module.text.numel())
+        total -= module.decoder.get_input_embeddings().weight.numel()
+    return total
 
 
 def item_vectors(stage: Stage) -> np.ndarray:
@@ -351,8 +384,11 @@ def read_crossfit(stage: Stage) -> CrossfitRanks:
     return CrossfitRanks(**read_columns(stage.folder / "ranks.safetensors"))
 
 
-def _mask(scores: np.ndarray, histories: list[np.ndarray], target: np.ndarray) -> None:
-    row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-    of_target = scores[np.arange(len(target)), target]
-    scores[row, np.concatenate(histories)] = -np.inf
-    scores[np.arange(len(target)), target] = of_target
+def _seen(histories: Sequence[np.ndarray], target: np.ndarray, n_items: int) -> np.ndarray:
+    """(B, n_items) bool: items of each history, the target excepted."""
+    seen = np.zeros((len(histories), n_items), dtype=bool)
+    seen[np.repeat(np.arange(len(histories)), [len(history) for history in histories]), np.concatenate(histories)] = (
+        True
+    )
+    seen[np.arange(len(target)), target] = False
+    return seen

@@ -38,7 +38,7 @@ def category_classes(catalog: Catalog) -> tuple[np.ndarray, tuple[str, ...]]:
 def popularity_classes(popularity: np.ndarray, cuts: Sequence[float] = (0.2, 0.8)) -> np.ndarray:
     """(n_items, len(cuts) + 1) one-hot popularity classes by share of items, most popular first, ties by index.
 
-    (0.2, 0.8) gives head, mid and tail; (0.2,) gives head and tail as "items20" does.
+    (0.2, 0.8) gives head, mid and tail; (0.2,) gives head and tail as "items20" does where every item is a candidate.
 
     Raises:
         ConfigError: cuts are not ascending within (0, 1).

@@ -19,7 +19,7 @@ import numpy as np
 from recollect.data.examples import Cases, held_out_cases
 from recollect.errors import InputError
 from recollect.eval.case_table import RESAMPLES, CaseTable
-from recollect.eval.class_calibration import calibration_columns, popularity_classes
+from recollect.eval.class_calibration import calibration_columns
 from recollect.eval.popularity import (
     HEAD_RULES,
     average_popularity,
@@ -140,7 +140,8 @@ def list_columns(
     for rule in HEAD_RULES:
         tail = table.candidate & ~head_items(popularity, rule, table.candidate)
         columns[f"tail_share@{k}:{rule}"], columns[f"tail_count@{k}:{rule}"] = tail_columns(lists, tail)
-    every = {"head/tail": popularity_classes(popularity, (0.2,)), **(classes or {})}
+    head = head_items(popularity, "items20", table.candidate)
+    every = {"head/tail": np.stack([head, ~head], axis=1).astype(np.float64), **(classes or {})}
     for name, of_item in every.items():
         for metric, column in calibration_columns(lists, cases, of_item).items():
             columns[f"{metric}@{k}:{name}" if metric == "mrmc" else f"calibration_{metric}@{k}:{name}"] = column

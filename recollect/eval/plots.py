@@ -158,7 +158,8 @@ def lines_svg(
     y_label: str = "",
     key: str = "lines",
 ) -> str:
-    """One line per series over numeric `x`, with a band where `low` and `high` hold it."""
+    """One line per series over numeric `x`, with a band where `low` and `high` hold it; whole `x` get whole ticks."""
+    from matplotlib.ticker import MaxNLocator
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -168,6 +169,8 @@ def lines_svg(
                 axes.fill_between(x, _floats(low[name]), _floats(high[name]), color=colour, alpha=0.18, linewidth=0)
             markers = "o-" if len(x) <= 40 else "-"
             axes.plot(x, _floats(values), markers, color=colour, linewidth=2, markersize=4.5, markeredgecolor=_PAPER)
+        if all(float(value).is_integer() for value in x):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # epochs and rounds have no quarters
         _finish(axes, grid="y", x_label=x_label, y_label=y_label)
 
     return _render(draw, (7.2, 2.9), key)

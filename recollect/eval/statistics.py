@@ -197,8 +197,9 @@ def bootstrap_two_histograms(
         paired: both samples come from the same clusters (the labels match), which are then resampled together.
 
     Returns:
-        {name: Interval}, n = rows of the first sample. Distances are biased upwards by noise, in each resample more
-        than in the sample itself: read the interval beside the split-half level.
+        {name: Interval}, n = rows of the first sample. Noise makes a distance larger, in each resample more than in the
+        sample itself, so the draws are moved until their mean is the sample's value, and cut at 0 where the statistic
+        is never negative. The noise in the value itself stays: read it beside the split-half level.
     """
     (code_a, cluster_a), (code_b, cluster_b) = first, second
     whole = [np.bincount(code, minlength=n_codes).astype(np.float64) for code in (code_a, code_b)]
@@ -223,7 +224,19 @@ def bootstrap_two_histograms(
         usable = (a.sum(axis=1) > 0) & (b.sum(axis=1) > 0)
         for name, function in statistics.items():
             draws[name].append(function(a[usable], b[usable]))
-    return {name: interval_of_draws(value, np.concatenate(draws[name]), len(code_a)) for name, value in values.items()}
+    return {
+        name: interval_of_draws(value, _centred(value, np.concatenate(draws[name])), len(code_a))
+        for name, value in values.items()
+    }
+
+
+def _centred(value: float, draws: np.ndarray) -> np.ndarray:
+    """Draws moved so that their mean is `value`; cut at 0 where none was negative before."""
+    draws = draws[np.isfinite(draws)]
+    if not len(draws) or not np.isfinite(value):
+        return draws
+    moved = draws + (value - draws.mean())
+    return np.maximum(moved, 0.0) if draws.min() >= 0 else moved
 
 
 def clustered_standard_error(values: np.ndarray, clusters: np.ndarray) -> float:

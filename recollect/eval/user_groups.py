@@ -55,7 +55,8 @@ def head_share_groups(
     """niche, balanced and mainstream: 20/60/20 % of users by the share of head items among their training events."""
     log = dataset.interactions
     user, item = log.user[rows], log.item[rows]
-    head = head_items(np.bincount(item, minlength=dataset.n_items), rule)
+    candidate = np.bincount(log.item, minlength=dataset.n_items) > 0
+    head = head_items(np.bincount(item, minlength=dataset.n_items), rule, candidate)
     count = np.bincount(user, minlength=dataset.n_users)
     share = np.bincount(user, head[item], minlength=dataset.n_users) / np.maximum(count, 1)
     return _by_quantile(share, count > 0, cuts, ("niche", "balanced", "mainstream"))

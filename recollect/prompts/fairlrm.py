@@ -69,6 +69,7 @@ PRESETS: Mapping[str, frozenset[str]] = MappingProxyType(
 TITLE_CHARACTERS, DETAIL_CHARACTERS = 160, 60
 THEMES_NAMED = 3
 _ASCII_PER_TOKEN = 2.5
+_ROUND = str.maketrans("[]［］", "()()")
 
 
 def preset_components(name: str) -> frozenset[str]:
@@ -207,7 +208,7 @@ class FairPrompts:
         popular = self._popularity.is_popular[request.candidates] if tags is None else tags
         values = self._values(components, form)
         values |= {
-            "attributes": self._neutralizer.clean(request.attributes, TITLE_CHARACTERS),
+            "attributes": self._clean(request.attributes, TITLE_CHARACTERS),
             "history": [self._shown(item, False) for item in history.tolist()],
             "candidates": [
                 self._shown(item, bool(flag)) for item, flag in zip(request.candidates.tolist(), popular, strict=True)
@@ -238,13 +239,18 @@ class FairPrompts:
     def _texts(self, item: int) -> tuple[str, str]:
         found = self._known.get(item)
         if found is None:
-            catalog, clean = self._catalog, self._neutralizer.clean
+            catalog, clean = self._catalog, self._clean
             title = clean(str(catalog.titles[item]), TITLE_CHARACTERS)
             title = title or clean(f"untitled {catalog.item_ids[item]}", TITLE_CHARACTERS)
             parts = [str(self._years[item])] if self._years is not None and self._years[item] else []
             parts += catalog.categories[item] if self._with_categories else ()
             found = self._known[item] = title, clean(", ".join(parts), DETAIL_CHARACTERS)
         return found
+
+    def _clean(self, text: str, max_characters: int) -> str:
+        """Untrusted text for the prompt. Square brackets become round: they mark the class tags of I2, which no title
+        may imitate."""
+        return self._neutralizer.clean(text.translate(_ROUND), max_characters)
 
     def _shown(self, item: int, is_popular: bool) -> _Shown:
         title, details = self._texts(item)
@@ -257,7 +263,7 @@ class FairPrompts:
             places = np.flatnonzero(is_popular == wanted)
             themes = Counter(theme for place in places for theme in self._catalog.categories[history[place]])
             named = sorted(themes, key=lambda theme: (-themes[theme], theme))[:THEMES_NAMED]
-            cleaned = [self._neutralizer.clean(theme, DETAIL_CHARACTERS) for theme in named]
+            cleaned = [self._clean(theme, DETAIL_CHARACTERS) for theme in named]
             rows.append((name, (places + 1).tolist(), cleaned))
         return rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -144,3 +144,60 @@ def load_folder(folder: str | Path, kind: str, config: type[Any]) -> tuple[Any, 
     except (SafetensorError, ValueError) as error:
         raise ModelFileError(f"{weights} cannot be read: {error}") from error
     return build(config, content.get("options") or {}, str(folder / CONFIG_FILE)), content, arrays
+
+
+class ClosedForm:
+    """A recommender fitted without gradient steps; a model's file adds `fit`, `score` and its arrays.
+
+    n_items: 0 until fitted.  data: fingerprint of what it was fitted on.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[Any]]
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = self.config_class() if config is None else config
+        self.n_items = 0
+        self.data = ""
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """What fitting found, as it is stored."""
+        raise NotImplementedError
+
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`; `n_items` is known."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` (see the module's text).
+
+        Raises:
+            InputError: the model is not fitted.
+        """
+        arrays = self.arrays() if self.n_items else {}
+        save_folder(folder, kind=self.name, options=self.config, n_items=self.n_items, data=self.data, arrays=arrays)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Inverse of `save_pretrained`."""
+        config, content, arrays = load_folder(folder, cls.name, cls.config_class)
+        model = cls(config)
+        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
+        model.take_arrays(arrays)
+        return model
+
+
+def sparse_arrays(matrix: scipy.sparse.csr_array) -> dict[str, np.ndarray]:
+    """A sparse matrix as it is stored: data, indices, indptr."""
+    return {
+        "data": matrix.data,
+        "indices": matrix.indices.astype(np.int32),
+        "indptr": matrix.indptr.astype(np.int64),
+    }
+
+
+def square_of_arrays(arrays: Mapping[str, np.ndarray], n_items: int) -> scipy.sparse.csr_array:
+    """Inverse of `sparse_arrays` for an item-item matrix."""
+    import scipy.sparse
+
+    return scipy.sparse.csr_array((arrays["data"], arrays["indices"], arrays["indptr"]), shape=(n_items, n_items))

@@ -10,9 +10,8 @@ grows with n^3. Not covered: catalogues beyond what memory takes; use `itemknn` 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 import numpy as np
@@ -20,12 +19,11 @@ import numpy as np
 from recollect.errors import ConfigError, InputError
 from recollect.eval.protocol import data_fingerprint
 from recollect.recommenders.closed_form import (
+    ClosedForm,
     check_question,
     distinct_rows,
     fitted_rows,
-    load_folder,
     of_candidates,
-    save_folder,
     train_matrix,
 )
 from recollect.types import Dataset, Split
@@ -75,15 +73,11 @@ def ease_weights(gram: np.ndarray, regularization: float) -> np.ndarray:
     return weights
 
 
-class Ease:
+class Ease(ClosedForm):
     """EASE; see the module's text."""
 
     name = "ease"
-
-    def __init__(self, config: EaseConfig = EaseConfig()) -> None:
-        self.config = config
-        self.n_items = 0
-        self.data = ""
+    config_class = EaseConfig
 
     def fit(self, dataset: Dataset, split: Split | None = None, *, rows: np.ndarray | None = None) -> Self:
         """Solve for B on the training rows.
@@ -107,25 +101,13 @@ class Ease:
         items, starts = check_question(self.name, self.n_items, histories, candidates)
         return of_candidates(distinct_rows(items, starts, self.n_items) @ self.weights, candidates)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (weights (n_items, n_items))."""
-        save_folder(
-            folder,
-            kind=self.name,
-            options=self.config,
-            n_items=self.n_items,
-            data=self.data,
-            arrays={"weights": self.weights} if self.n_items else {},
-        )
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Weights (n_items, n_items)."""
+        return {"weights": self.weights}
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Inverse of `save_pretrained`."""
-        config, content, arrays = load_folder(folder, cls.name, EaseConfig)
-        model = cls(config)
-        model.weights = arrays["weights"]
-        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
-        return model
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`."""
+        self.weights = arrays["weights"]
 
 
 def refuse_if_too_large(n_items: int, precision: str) -> None:

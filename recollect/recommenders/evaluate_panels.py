@@ -40,23 +40,27 @@ def _cell(found: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def headline(report: Report, metric: str) -> dict[str, Any]:
-    """Who is first, and what is known of its distance to the best baseline."""
+    """Who is first on the test, and what is known of its distance to the baseline, and why that one is it."""
     models, baseline = report.sections["models"], report.sections["baseline"]
     best = max(models, key=lambda label: models[label][metric]["value"])
     name = metric.upper()
     if len(models) == 1:
         text = f"{best} has {name} {_value(models[best][metric])}; no other row to compare with."
     elif best == baseline:
-        text = f"{best}, a baseline, has the highest {name}: {_value(models[best][metric])}. No row is above it."
+        text = (
+            f"{best} has the highest {name}: {_value(models[best][metric])}. It is also what the other rows are "
+            f"compared with: {report.sections['baseline_choice']}."
+        )
     else:
         row = next(row for row in report.sections["differences"] if row["model"] == best)
         low, high = row["ci95"]
         is_clear = low is not None and (low > 0 or high < 0) and row["p_holm"] < 0.05
         verdict = "a difference beyond chance" if is_clear else "which chance alone could explain"
         text = (
-            f"{best} has the highest {name}: {_value(models[best][metric])}. It differs from {baseline}, the baseline "
-            f"chosen on validation, by {_value(row)}, {verdict} (p {number(row['p_holm'], DIGITS)} after Holm; "
-            f"the value of {row['users_changed']:,} of {row['n']:,} users changes)."
+            f"{best} has the highest {name}: {_value(models[best][metric])}. It differs from {baseline} by "
+            f"{_value(row)}, {verdict} (p {number(row['p_holm'], DIGITS)} after Holm; the value of "
+            f"{row['users_changed']:,} of {row['n']:,} users changes). All rows are compared with {baseline}: "
+            f"{report.sections['baseline_choice']}."
         )
     return {"kind": "text", "title": "In one sentence", "text": text, "terminal": True}
 
@@ -123,7 +127,10 @@ def difference_panels(report: Report, metric: str) -> list[dict[str, Any]]:
     table = {
         "kind": "table",
         "title": title,
-        "note": "Paired bootstrap over users; p from sign flips by user, Holm-adjusted over this table.",
+        "note": (
+            f"{report.sections['baseline']} is {report.sections['baseline_choice']}. Paired bootstrap over users; p "
+            "from sign flips by user, Holm-adjusted over this table."
+        ),
         "columns": ["model", "difference", "relative", "users changed", "p (Holm)"],
         "rows": [
             [
@@ -170,7 +177,8 @@ def lists(report: Report, config: EvaluateConfig) -> dict[str, Any]:
         "note": (
             "Share of the catalogue shown to anyone; Gini of exposure (0 = even); mean popularity of the list; its "
             "lift over the profile; share of tail items, by both conventions; log popularity difference; rank "
-            "miscalibration. Lists are cut by score, then item index."
+            "miscalibration. Lists are cut by score, then item index. What only all lists together have (coverage, "
+            "Gini) has no interval."
         ),
         "columns": ["model", *metrics],
         "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
@@ -205,12 +213,14 @@ def masks(report: Report, config: EvaluateConfig) -> dict[str, Any]:
     rows = []
     for label, row in report.sections["rows"].items():
         if row["other_mask"]:
-            own = {"value": report.sections["models"][label][metric]["per_seed"][0], "digits": DIGITS}
-            rows.append([label, own, row["other_mask"]["mask"], {"value": row["other_mask"][metric], "digits": DIGITS}])
+            other = row["other_mask"]
+            rows.append([label, _cell(other["own"]), other["mask"], _cell(other["other"])])
     return {
         "kind": "table",
         "title": f"Text models with another mask of seen items, {metric.upper()}",
-        "note": "Text models rank what the history holds first, so the mask decides much of their number.",
+        "note": (
+            "First seed. Text models rank what the history holds first, so the mask decides much of their number."
+        ),
         "columns": ["model", f"mask {config.mask} (this table)", "other mask", "with it"],
         "rows": rows,
     }

@@ -1,14 +1,15 @@
 """From the stored rows of an evaluation to its report: means over seeds, intervals, paired differences, warnings.
 
-The baseline that every row is compared with is the best of `pop`, `markov` and `sasrec` on validation, never on the
-test. The statistics are those of `recollect.eval.comparison`.
+The baseline that every row is compared with is the best on validation, never on the test, of the rows that count as
+baselines: those of the models `pop`, `markov` and `sasrec`, whatever their options. Another row (say `ease`) may be
+better on validation and is no baseline all the same; only a table without any of the three takes its best row. The
+statistics are those of `recollect.eval.comparison`.
 
 Source: recsys_evaluation 3.2, 3.5 and 6.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def make_report(
     """The report of a run whose units are all finished."""
     rows = read_rows(units, dataset, split, out, None)
     metric = config.primary_metric
-    baseline, is_strong = choose_baseline(rows, metric)
+    baseline, why = choose_baseline(rows, metric)
     comparison = compare_models(
         {label: row.tables for label, row in rows.items()},
         against=baseline,
@@ -114,7 +115,7 @@ def make_report(
             "fitted_on": "train+val (refit)" if config.refit else "train",
             "n_users": len(np.unique(dataset.interactions.user[split.test_row])),
             "tied_target_share": tied_target_share(dataset, split) if dataset.clock == "unix" else None,
-            "compared_with": f"{baseline}, the best {'strong baseline' if is_strong else 'row'} by validation {metric}",
+            "compared_with": f"{baseline}, {why}",
             "intervals": f"95 %, {RESAMPLES} resamples of users",
         },
         metrics={},
@@ -125,6 +126,7 @@ def make_report(
             "rows": {label: row_details(row, len(split.test_row)) for label, row in rows.items()},
             "primary_metric": metric,
             "baseline": baseline,
+            "baseline_choice": why,
             "differences": list(comparison.differences),
             "tie_orders": tie_orders(rows, shuffles),
             "run": manifest,
@@ -137,19 +139,25 @@ def make_report(
     return report
 
 
-def choose_baseline(rows: Mapping[str, RowResult], metric: str) -> tuple[str, bool]:
+def choose_baseline(rows: Mapping[str, RowResult], metric: str) -> tuple[str, str]:
     """The row that all others are compared with: of the strong baselines, else of all, the best on validation.
 
     Returns:
-        its label, and whether it is a strong baseline.
+        its label, and in words what it was chosen from and by.
     """
     strong = [label for label, row in rows.items() if row.entry.spec and row.entry.spec.name in STRONG_BASELINES]
-
-    def worth(label: str) -> float:
-        value = rows[label].validation(metric)
-        return -math.inf if value is None else value
-
-    return max(strong or list(rows), key=worth), bool(strong)
+    worth = {label: rows[label].validation(metric) for label in strong or rows}
+    known = {label: value for label, value in worth.items() if value is not None}
+    listed = ", ".join(strong)
+    if strong:
+        of_what = f"of the rows that count as baselines here ({listed})"
+        if len(strong) == 1:
+            return strong[0], "the only row of this table that counts as a baseline"
+    else:
+        of_what = f"of all rows, as none of the baselines {', '.join(STRONG_BASELINES)} is in this table"
+    if not known:
+        return next(iter(worth)), f"the first {of_what}; there is no validation to choose by"
+    return max(known, key=known.__getitem__), f"the best by validation {metric} {of_what}"
 
 
 def tie_orders(
@@ -202,9 +210,15 @@ def find_warnings(config: EvaluateConfig, dataset: Dataset, split: Split, rows: 
     present = {row.entry.spec.name for row in rows.values() if row.entry.spec}
     missing = [name for name in STRONG_BASELINES if name not in present]
     if missing:
+        lack = "no strong baseline in" if len(missing) == len(STRONG_BASELINES) else "not every strong baseline is in"
         found.append(
-            f"no strong baseline in this table: {', '.join(missing)} missing; add to --models, or its numbers can "
-            "flatter every row"
+            f"{lack} this table: {', '.join(missing)} missing; add to --models, or the comparison can flatter every row"
+        )
+    trained = [label for label, row in rows.items() if row.entry.is_seeded]
+    if trained and not len(split.valid_row):
+        found.append(
+            f"{', '.join(trained)}: there is no validation case, so training ran for all its epochs and nothing was "
+            "chosen; use a longer log or another split"
         )
     if dataset.clock != "unix":
         found.append(

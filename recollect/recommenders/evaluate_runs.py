@@ -25,7 +25,7 @@ import numpy as np
 from recollect.config import to_dict
 from recollect.data.splits import refit_mask
 from recollect.errors import ConfigError, InputError, ResumeRefused
-from recollect.io import atomic_open, disk_errors, read_json, sha256_text, write_json
+from recollect.io import atomic_open, disk_errors, read_json, sha256_file, sha256_text, write_json
 from recollect.progress import Progress
 from recollect.recommenders.evaluate_config import EvaluateConfig
 from recollect.recommenders.models import MODELS, ModelSpec, load_recommender, model_spec
@@ -63,7 +63,10 @@ class Entry:
     def describe(self) -> dict[str, Any]:
         """What must be equal for a finished row to be kept, JSON-ready."""
         if self.spec is None:
-            return {"model": "saved", "folder": str(self.saved)}
+            assert self.saved is not None
+            # config.json holds the hash of the weights: another model in the same folder is another row.
+            found = sha256_file(self.saved / "config.json")
+            return {"model": "saved", "folder": str(self.saved), "config_sha256": found}
         options = to_dict(self.options)
         options.pop("seed", None)
         return {"model": self.spec.name, "options": options}
@@ -208,11 +211,19 @@ def run_unit(
     if unit.entry.spec is not None and unit.entry.spec.reads_text:
         other = {**options, "mask": "none" if config.mask == "history" else "history"}
         repeated = evaluate_ranker(model, dataset, split, rows=rows, **other)
-        other_mask = {"mask": other["mask"], **{metric: repeated.mean(metric) for metric in repeated.metrics}}
+        own, found = (one.aggregate([config.primary_metric], seed=config.seed) for one in (table, repeated))
+        other_mask = {
+            "mask": other["mask"],
+            "own": own[config.primary_metric],
+            "other": found[config.primary_metric],
+        }
     write_cases(folder / CASES_FILE, table, dataset, split)
     if config.save_models and unit.entry.saved is None:
         model.save_pretrained(folder / "model")
-    leak = table.leak
+    leak, protocol = table.leak, dict(table.protocol)
+    if unit.entry.saved is not None:  # what it was fitted on is not in its files
+        leak = leak and dataclasses.replace(leak, leaking_cases=None)
+        protocol["trained_on"] = "unknown"
     result = {
         "entry": unit.entry.describe(),
         "seed": unit.seed,
@@ -225,7 +236,7 @@ def run_unit(
         "warnings": list(table.warnings),
         "seconds": seconds,
         "training": training,
-        "protocol": dict(table.protocol),
+        "protocol": protocol,
     }
     write_json(folder / RESULT_FILE, result)
     shutil.rmtree(folder / "training", ignore_errors=True)

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from recollect.recommenders.configs import GRU4RecConfig
 from recollect.recommenders.layers import Dropout
-from recollect.recommenders.losses import next_item_loss
-from recollect.recommenders.neural import NeuralRecommender
+from recollect.recommenders.neural import CausalModule, NeuralRecommender
 from recollect.recommenders.packing import Batch, over_groups
 
 
-class GRU4RecModule(nn.Module):
+class GRU4RecModule(CausalModule):
     """Jagged batch -> projected recurrent state of every position."""
 
     def __init__(self, config: GRU4RecConfig, n_items: int) -> None:
@@ -42,18 +41,6 @@ class GRU4RecModule(nn.Module):
         for layer in self.layers:
             x = over_groups(batch, self.dropout(x), lambda cells, _, layer=layer: layer(cells)[0])  # type: ignore[misc]
         return self.output(x)
-
-    def training_loss(self, batch: Batch) -> Tensor:
-        """() mean loss over all positions."""
-        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, D)."""
-        return self(batch)[batch.last]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items, D)."""
-        return self.items.weight
 
 
 class GRU4Rec(NeuralRecommender):

@@ -17,7 +17,7 @@ from torch.nn import functional
 from recollect.recommenders.configs import HSTUConfig
 from recollect.recommenders.layers import Dropout
 from recollect.recommenders.losses import cross_entropy, draw_negatives, sampled_loss
-from recollect.recommenders.neural import NeuralRecommender
+from recollect.recommenders.neural import CausalModule, NeuralRecommender
 from recollect.recommenders.packing import Batch, Group, over_groups
 
 
@@ -54,7 +54,7 @@ class HSTUBlock(nn.Module):
         return (weights @ value).transpose(1, 2).reshape(size, length, width // 3)
 
 
-class HSTUModule(nn.Module):
+class HSTUModule(CausalModule):
     """Jagged batch -> hidden state of every position."""
 
     def __init__(self, config: HSTUConfig, n_items: int) -> None:
@@ -83,10 +83,6 @@ class HSTUModule(nn.Module):
             return cross_entropy(hidden, items, batch.targets)
         negatives = draw_negatives(batch.targets, self.config.negatives, len(items))
         return sampled_loss("softmax", hidden, items, batch.targets, negatives)
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, D)."""
-        return self(batch)[batch.last]
 
     def item_vectors(self) -> Tensor:
         """(n_items, D); of length 1 under l2_normalise."""

@@ -7,9 +7,8 @@ k most similar items, and an item's score is the sum of the votes of the distinc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -17,12 +16,13 @@ import numpy as np
 from recollect.errors import ConfigError
 from recollect.eval.protocol import data_fingerprint
 from recollect.recommenders.closed_form import (
+    ClosedForm,
     check_question,
     distinct_rows,
     fitted_rows,
-    load_folder,
     of_candidates,
-    save_folder,
+    sparse_arrays,
+    square_of_arrays,
     train_matrix,
 )
 from recollect.types import Dataset, Split
@@ -84,15 +84,11 @@ def nearest_items(matrix: scipy.sparse.csr_array, neighbours: int, shrinkage: fl
     return result
 
 
-class ItemKNN:
+class ItemKNN(ClosedForm):
     """Item-based neighbours; see the module's text."""
 
     name = "itemknn"
-
-    def __init__(self, config: ItemKNNConfig = ItemKNNConfig()) -> None:
-        self.config = config
-        self.n_items = 0
-        self.data = ""
+    config_class = ItemKNNConfig
 
     def fit(self, dataset: Dataset, split: Split | None = None, *, rows: np.ndarray | None = None) -> Self:
         """Find the neighbours on the training rows."""
@@ -111,26 +107,10 @@ class ItemKNN:
         scores = (distinct_rows(items, starts, self.n_items) @ self.similarity).toarray()
         return of_candidates(scores, candidates)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (the sparse similarities: data, indices, indptr)."""
-        arrays = {}
-        if self.n_items:
-            arrays = {
-                "data": self.similarity.data,
-                "indices": self.similarity.indices.astype(np.int32),
-                "indptr": self.similarity.indptr.astype(np.int64),
-            }
-        save_folder(folder, kind=self.name, options=self.config, n_items=self.n_items, data=self.data, arrays=arrays)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sparse similarities."""
+        return sparse_arrays(self.similarity)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Inverse of `save_pretrained`."""
-        import scipy.sparse
-
-        config, content, arrays = load_folder(folder, cls.name, ItemKNNConfig)
-        model = cls(config)
-        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
-        model.similarity = scipy.sparse.csr_array(
-            (arrays["data"], arrays["indices"], arrays["indptr"]), shape=(model.n_items, model.n_items)
-        )
-        return model
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`."""
+        self.similarity = square_of_arrays(arrays, self.n_items)

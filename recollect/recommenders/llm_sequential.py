@@ -50,7 +50,7 @@ from recollect.recommenders.llm_module import (
     token_ids,
 )
 from recollect.recommenders.losses import cross_entropy
-from recollect.recommenders.neural import SCORE_CELLS, validation_ndcg
+from recollect.recommenders.neural import SCORE_CELLS, training_identity, validation_ndcg
 from recollect.rng import call_seed
 from recollect.types import Dataset, Split
 
@@ -194,6 +194,10 @@ class LlmSequential:
             folder=folder,
             checkpoint_every=checkpoint_every,
             progress=progress,
+            identity={
+                **training_identity(self, sequences, cases, self._item_embedding),
+                "base_fingerprint": self.base_fingerprint,
+            },
         )
         return self
 

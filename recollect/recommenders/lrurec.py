@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from recollect.recommenders.configs import LRURecConfig
 from recollect.recommenders.layers import Dropout, FeedForward
-from recollect.recommenders.losses import next_item_loss
-from recollect.recommenders.neural import NeuralRecommender
+from recollect.recommenders.neural import CausalModule, NeuralRecommender
 from recollect.recommenders.packing import Batch, Group, over_groups
 
 
@@ -91,7 +90,7 @@ class LRURecBlock(nn.Module):
         return self.feedforward_norm(x + self.feedforward(x))
 
 
-class LRURecModule(nn.Module):
+class LRURecModule(CausalModule):
     """Jagged batch -> hidden state of every position."""
 
     def __init__(self, config: LRURecConfig, n_items: int) -> None:
@@ -109,18 +108,6 @@ class LRURecModule(nn.Module):
         for block in self.blocks:
             x = block(x, batch)
         return x
-
-    def training_loss(self, batch: Batch) -> Tensor:
-        """() mean loss over all positions."""
-        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, D)."""
-        return self(batch)[batch.last]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items, D)."""
-        return self.items.weight
 
 
 class LRURec(NeuralRecommender):

@@ -5,9 +5,8 @@ Source: evaluation spec 7 ("Markov1"); on Amazon Beauty and Toys it beats severa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -15,11 +14,12 @@ import numpy as np
 from recollect.data.examples import training_sequences
 from recollect.eval.protocol import data_fingerprint
 from recollect.recommenders.closed_form import (
+    ClosedForm,
     check_question,
     fitted_rows,
-    load_folder,
     of_candidates,
-    save_folder,
+    sparse_arrays,
+    square_of_arrays,
 )
 from recollect.types import Dataset, Split
 
@@ -54,15 +54,11 @@ def transition_counts(items: np.ndarray, starts: np.ndarray, n_items: int) -> sc
     return counts
 
 
-class Markov:
+class Markov(ClosedForm):
     """Scores item j by the training count of the pair (last history item, j); an empty history gives zeros."""
 
     name = "markov"
-
-    def __init__(self, config: MarkovConfig = MarkovConfig()) -> None:
-        self.config = config
-        self.n_items = 0
-        self.data = ""
+    config_class = MarkovConfig
 
     def fit(self, dataset: Dataset, split: Split | None = None, *, rows: np.ndarray | None = None) -> Self:
         """Count adjacent pairs of the training sequences."""
@@ -83,26 +79,10 @@ class Markov:
         scores[known] = self.counts[items[starts[known + 1] - 1]].toarray()
         return of_candidates(scores, candidates)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (the sparse counts: data, indices, indptr)."""
-        arrays = {}
-        if self.n_items:
-            arrays = {
-                "data": self.counts.data,
-                "indices": self.counts.indices.astype(np.int32),
-                "indptr": self.counts.indptr.astype(np.int64),
-            }
-        save_folder(folder, kind=self.name, options=self.config, n_items=self.n_items, data=self.data, arrays=arrays)
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sparse counts."""
+        return sparse_arrays(self.counts)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Inverse of `save_pretrained`."""
-        import scipy.sparse
-
-        config, content, arrays = load_folder(folder, cls.name, MarkovConfig)
-        model = cls(config)
-        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
-        model.counts = scipy.sparse.csr_array(
-            (arrays["data"], arrays["indices"], arrays["indptr"]), shape=(model.n_items, model.n_items)
-        )
-        return model
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`."""
+        self.counts = square_of_arrays(arrays, self.n_items)

@@ -23,10 +23,12 @@ from recollect.data.examples import Cases, Sequences, held_out_cases, training_s
 from recollect.errors import InputError, ModelFileError
 from recollect.eval.metrics import ndcg, rank_counts
 from recollect.eval.protocol import data_fingerprint
+from recollect.eval.statistics import cluster_codes
 from recollect.loop import LoopResult, train
 from recollect.progress import Progress
 from recollect.recommenders.closed_form import check_question, fitted_rows, load_folder, save_folder
 from recollect.recommenders.configs import NeuralConfig
+from recollect.recommenders.losses import next_item_loss
 from recollect.recommenders.packing import Batch, TrainingBatches, history_batches
 from recollect.rng import call_seed
 from recollect.tracking import Tracker
@@ -51,6 +53,29 @@ class SequenceModule(Protocol):
     def item_vectors(self) -> Tensor:
         """(n_items, D); the score of an item is its product with the user's vector."""
         ...
+
+
+class CausalModule(nn.Module):
+    """A `SequenceModule` whose state at every position predicts the item after it; a model gives `forward`.
+
+    config: with `loss`, see `recollect.recommenders.losses.next_item_loss`.  items: the embedding of items, read and
+    scored with.
+    """
+
+    config: Any
+    items: nn.Embedding
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """() mean loss over all positions."""
+        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, D) the state after the last item."""
+        return self(batch)[batch.last]
+
+    def item_vectors(self) -> Tensor:
+        """(n_items, D)."""
+        return self.items.weight
 
 
 class NeuralRecommender:
@@ -128,7 +153,7 @@ class NeuralRecommender:
             checkpoint_every=checkpoint_every,
             tracker=tracker,
             progress=progress,
-            identity={"model": self.name, "data": self.data, "rows": _digest(sequences), **to_dict(self.config)},
+            identity=training_identity(self, sequences, cases, *self.frozen_inputs()),
         )
         return self
 
@@ -169,6 +194,10 @@ class NeuralRecommender:
     def read(self, histories: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """What the module is given for each history; itself, unless a model marks where it is to predict."""
         return histories
+
+    def frozen_inputs(self) -> Sequence[np.ndarray]:
+        """What training reads beside the log and the options, such as text vectors; a checkpoint tells them apart."""
+        return ()
 
     def empty_user(self, items: Tensor) -> Tensor:
         """(D,) vector of a user without history, given the item vectors (N, D): zero."""
@@ -219,17 +248,41 @@ class NeuralRecommender:
         return model
 
 
-def _digest(sequences: Sequences) -> str:
-    """SHA-256 of what is trained on, so that a checkpoint of other rows of the same data is not continued."""
-    digest = hashlib.sha256(np.ascontiguousarray(sequences.starts).tobytes())
-    digest.update(np.ascontiguousarray(sequences.items).tobytes())
+def training_identity(
+    recommender: Any, sequences: Sequences, cases: Cases | None, *frozen: np.ndarray
+) -> dict[str, Any]:
+    """What tells a training run from others beside the loop's options: the model, what it is trained on, and the cases
+    its best epoch is chosen on.  A checkpoint of another identity is not continued.
+
+    Args:
+        recommender: with `name`, `data` (a fingerprint) and `config`.
+        cases: of the validation; None = none.
+        frozen: what else training reads.
+    """
+    chosen_on = [] if cases is None else [cases.start, cases.end, cases.first, cases.last]
+    return {
+        "model": recommender.name,
+        "data": recommender.data,
+        "rows": _digest(sequences.starts, sequences.items),
+        "chosen_on": _digest(*chosen_on),
+        "frozen_inputs": _digest(*frozen),
+        **to_dict(recommender.config),
+    }
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
 def validation_ndcg(recommender: NeuralRecommender, cases: Cases, k: int = 10) -> float:
-    """Mean NDCG@k over all targets of the cases: full ranking, the history's items masked, never the target.
+    """Mean over users of their mean NDCG@k: full ranking of the log's items, the history's masked, never the target.
 
-    A case with several targets counts each of them as one case of its own.
+    Users weigh alike however many cases they have (global temporal split), as in the tables of `recollect.eval`.  A
+    case with several targets counts each of them as one case of its own.
     """
     per_case = cases.last - cases.first
     index = np.repeat(np.arange(len(cases)), per_case)
@@ -237,12 +290,16 @@ def validation_ndcg(recommender: NeuralRecommender, cases: Cases, k: int = 10) -
     histories = cases.histories(index)
     if not len(histories):
         raise InputError("there is no validation case; use another split, or none")
+    absent = np.flatnonzero(np.bincount(cases.item, minlength=recommender.n_items) == 0)
+    codes, n_users = cluster_codes(cases.user[index])
+    weight = 1.0 / np.bincount(codes)[codes]
     total = 0.0
     for part, scores in recommender.score_batches(histories):
         own, target_part = histories[part], target[part]
         row = np.repeat(np.arange(len(own)), [len(history) for history in own])
         of_target = scores[np.arange(len(own)), target_part]
         scores[row, np.concatenate(own)] = -np.inf
+        scores[:, absent] = -np.inf
         scores[np.arange(len(own)), target_part] = of_target
-        total += float(ndcg(*rank_counts(scores, target_part), k).sum())
-    return total / len(histories)
+        total += float((ndcg(*rank_counts(scores, target_part), k) * weight[part]).sum())
+    return total / n_users

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from recollect.eval.protocol import data_fingerprint
-from recollect.recommenders.closed_form import (
-    check_question,
-    fitted_rows,
-    load_folder,
-    save_folder,
-)
+from recollect.recommenders.closed_form import ClosedForm, check_question, fitted_rows
 from recollect.types import Dataset, Split
 
 
@@ -24,15 +18,11 @@ class PopularityConfig:
     """Popularity has no options."""
 
 
-class Popularity:
+class Popularity(ClosedForm):
     """Scores an item by how many training events it has, repeated ones included."""
 
     name = "pop"
-
-    def __init__(self, config: PopularityConfig = PopularityConfig()) -> None:
-        self.config = config
-        self.n_items = 0
-        self.data = ""
+    config_class = PopularityConfig
 
     def fit(self, dataset: Dataset, split: Split | None = None, *, rows: np.ndarray | None = None) -> Self:
         """Count the events of the training rows."""
@@ -53,22 +43,10 @@ class Popularity:
             return self.counts[candidates]
         return np.tile(self.counts, (len(histories), 1))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (counts (n_items,))."""
-        save_folder(
-            folder,
-            kind=self.name,
-            options=self.config,
-            n_items=self.n_items,
-            data=self.data,
-            arrays={"counts": self.counts} if self.n_items else {},
-        )
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Counts (n_items,)."""
+        return {"counts": self.counts}
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Inverse of `save_pretrained`."""
-        config, content, arrays = load_folder(folder, cls.name, PopularityConfig)
-        model = cls(config)
-        model.counts = arrays["counts"]
-        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
-        return model
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`."""
+        self.counts = arrays["counts"]

@@ -101,7 +101,7 @@ def draw_curves(judge: Judge, sweeps: Sequence[Sweep], *, resamples: int, seed: 
         "hypervolume", "difference": from cp on the generator or None}]}} for the planes "calibration" (MRMC, lower is
         better) and "coverage" (LtC, higher is better; its area counts 1 - LtC as cost).
     """
-    draws = PairedDraws(len(judge.cases), resamples, seed)
+    draws = judge.draws(resamples, seed)
     ndcg = judge.name("ndcg")
     planes: dict[str, list[Curve]] = {"calibration": [], "coverage": []}
     for sweep in sweeps:

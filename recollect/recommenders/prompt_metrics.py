@@ -16,6 +16,7 @@ import numpy as np
 from recollect.eval.case_table import next_item_metrics
 from recollect.eval.class_calibration import calibration_columns
 from recollect.eval.list_metrics import coverage, gini, popularity_lift, recommendation_counts
+from recollect.eval.pareto import PairedDraws
 from recollect.eval.popularity import (
     average_popularity,
     log_popularity_difference,
@@ -72,6 +73,7 @@ class Judge:
         self._bands = np.eye(len(BANDS))[cases.popularity.band]
         self.users = cases.cases.user
         self.retrieved = cases.retrieved
+        self._draws: dict[tuple[int, int], PairedDraws] = {}
         self._profile = profile_means(cases.cases, cases.popularity.count.astype(np.float64))
 
     def accuracy(self, items: np.ndarray) -> dict[str, np.ndarray]:
@@ -100,6 +102,12 @@ class Judge:
         """LtC: share of the niche items that somebody is recommended."""
         return long_tail_coverage(items[:, : self.k], self.tail)
 
+    def draws(self, resamples: int, seed: int) -> PairedDraws:
+        """Resamples of these cases' users, made once; every curve and gap shares them."""
+        if (resamples, seed) not in self._draws:
+            self._draws[resamples, seed] = PairedDraws(len(self.cases), resamples, seed)
+        return self._draws[resamples, seed]
+
     def table(self, items: np.ndarray, *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
         """Report entries of every metric of lists (U, C)."""
         top = items[:, : self.k]
@@ -120,8 +128,14 @@ class Judge:
         popularity = average_popularity(top, self.cases.popularity.count)
         lift = popularity_lift(self.users, popularity, self._profile, resamples, seed)
         nan = float("nan")
+        draws = self.draws(resamples, seed)
+        shares = {
+            name: draws.interval(whole.pop(name), draws.coverage(top, counted))
+            for name, counted in (("ltc", self.tail), ("coverage", np.ones_like(self.tail)))
+        }
         return (
             {name: entry(interval) for name, interval in intervals.items()}
+            | {self.name(name): entry(interval) for name, interval in shares.items()}
             | {self.name(name): entry(Interval(value, nan, nan, len(ones))) for name, value in whole.items()}
             | {self.name("dgap"): entry(lift)}
         )

@@ -24,6 +24,7 @@ from recollect.journal import Journal
 from recollect.journal import remove as remove_journal
 from recollect.progress import Progress, SilentProgress
 from recollect.prompts.fairlrm import PRESETS, FairPrompts, RankingRequest, estimated_tokens, preset_components
+from recollect.recommenders.models import model_spec
 from recollect.recommenders.prompt_cases import (
     PromptCases,
     Variant,
@@ -38,8 +39,6 @@ from recollect.types import Dataset, Ranker, Report, Split
 
 JOURNAL_FILE = "journal.sqlite"
 USERS_PER_BLOCK = 8
-CONVENTIONAL = ("pop", "markov")
-"""Rows of every table beside the generator (recsys_evaluation 8)."""
 
 
 def prompt_rank(
@@ -70,6 +69,8 @@ def prompt_rank(
     named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     config = build(PromptRankConfig, {**given, **named}, "the options of prompt_rank")
     presets = expanded(config.preset)
+    for name in rivals(config):
+        model_spec(name)  # misspelt names are refused before anything is fitted
     if isinstance(backbone, str):
         parse_model_name(backbone)  # a misspelt name is refused before data is read and a folder made
     progress = progress or SilentProgress()
@@ -149,7 +150,7 @@ def _run(
         variants = make_variants(config, presets, cases, labels)
         responses = answer_all(ranker, model, variants, progress)
         progress.stage("judging the lists")
-        others = {name: conventional_lists(name, cases, config) for name in CONVENTIONAL if name != config.generator}
+        others = {name: conventional_lists(name, cases, config) for name in rivals(config)}
         report = make_report(config, cases, variants, responses, others, journal.costs())
         report.ledger = journal.ledger()
         report.sections["run"] = manifest
@@ -159,14 +160,19 @@ def _run(
     return report
 
 
+def rivals(config: PromptRankConfig) -> tuple[str, ...]:
+    """Conventional models beside the generator; none where targets are inserted, which their lists do not hold."""
+    if config.insert_target:
+        return ()
+    return tuple(dict.fromkeys(name for name in config.compare if name not in ("none", config.generator)))
+
+
 def fit_generator(name: str, dataset: Dataset, split: Split, seed: int) -> Ranker:
     """The conventional model `name`, fitted on the training rows.
 
     Raises:
         UnknownName: there is no such model.
     """
-    from recollect.recommenders.models import model_spec
-
     spec = model_spec(name)
     return spec.open(spec.options({}, name), seed=seed).fit(dataset, split)
 

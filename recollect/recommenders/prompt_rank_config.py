@@ -36,6 +36,9 @@ class PromptRankConfig:
     generator: str = "ease"
     """Conventional model that proposes candidates, by the name `recollect evaluate` knows it."""
 
+    compare: tuple[str, ...] = ("pop", "markov")
+    """Further conventional models as rows, over the full catalogue, e.g. pop,markov,sasrec; none for no row."""
+
     candidate_set: Literal["retrieval", "mixed", "full"] = "retrieval"
     """Top of the generator, half of it with as many drawn niche items, or the whole catalogue (not by labels)."""
 
@@ -172,6 +175,6 @@ class PromptRankConfig:
         Answers are kept by what was asked, so a resumed run may add users, presets, controls and attributes, and judge
         otherwise.
         """
-        asked_more = {"users", "preset", "controls", "attributes", "rerankers", "resamples", "k"}
+        asked_more = {"users", "preset", "controls", "attributes", "rerankers", "resamples", "k", "compare"}
         loose = {"concurrency", "server_patience", "out", "resume", "overwrite", "dry_run"}
         return {name: value for name, value in vars(self).items() if name not in asked_more | loose}

@@ -31,6 +31,8 @@ def make_panels(report: Report, judge: Judge, generator: str, presets: Sequence[
         panels.append(_label_sensitivity(sections["label_sensitivity"]))
     if "stability" in sections:
         panels.append(_stability(sections["stability"], judge))
+    if sections["niche_gap"] is not None:
+        panels.append(_niche_gap(sections["niche_gap"]))
     for plane, content in sections["curves"].items():
         panels.append(_pareto(plane, content, sections["models"], generator, presets))
         panels.append(_volumes(plane, content))
@@ -165,6 +167,42 @@ def _stability(stability: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
     }
 
 
+def _niche_gap(found: Mapping[str, Any]) -> dict[str, Any]:
+    metric, reference = found["metric"], found["reference"]
+    low, high = found["gap"]["ci95"]
+    bounds = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+    wanted = {f"{reference} + cp", "fairlrm + cp"}  # the report's JSON holds every prompt's
+    shown = [row for row in found["rows"] if row["method"] in wanted] or found["rows"]
+    rows = [
+        [
+            row["method"],
+            f"{row['value']:g}",
+            _cell(row["ndcg"]),
+            _percent(row["change"]),
+            _cell(row["gap"]),
+            _percent(row["closed"]),
+            "–" if row["closed"] is None else "yes" if row["supported"] else "not shown" if row["within"] else "no",
+        ]
+        for row in shown
+    ]
+    return {
+        "kind": "table",
+        "title": "The gap between mainstream and niche users",
+        "note": f"Gap: {metric} of mainstream users ({found['n']['mainstream']}) minus that of niche users "
+        f"({found['n']['niche']}); {reference}: {found['gap']['value']:+.4f}{bounds}"
+        + ("" if found["gap"]["value"] > 0 else ", so there is no gap to close")
+        + f". Goal: half of it closed at most 2 % below {reference}'s {metric}; met = both, and the interval of the "
+        "gap's reduction lies above 0; not shown = both, but it does not. Settings are not chosen on other users, and "
+        "of many some succeed by luck.",
+        "columns": ["method", "lambda", metric, f"{metric} vs {reference}", "gap", "gap closed", "goal met"],
+        "rows": rows,
+    }
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.1f} %"
+
+
 def _pareto(
     plane: str,
     content: Mapping[str, Any],
@@ -212,7 +250,8 @@ def _volumes(plane: str, content: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "table",
         "title": f"Hyper-volume: NDCG and {_LEVELS[plane].split(' (')[0]}",
         "note": f"Area dominated from the reference point (0, 1){', counting 1 - LtC' if plane == 'coverage' else ''}; "
-        f"difference from {reference}, paired over users. Last column: settings on the frontier of all methods.",
+        f"difference from {reference}, paired over users. More settings can only enlarge an area: "
+        "compare methods with equally many. Last column: settings on the frontier of all methods.",
         "columns": ["method", "hyper-volume", f"minus {reference}", "on the joint frontier"],
         "rows": rows,
     }

@@ -21,6 +21,7 @@ from recollect.recommenders.prompt_controls import (
     written_lists,
 )
 from recollect.recommenders.prompt_curves import Sweep, blend_sweep, draw_curves, rerank_sweeps
+from recollect.recommenders.prompt_gap import niche_gap
 from recollect.recommenders.prompt_metrics import Judge, Lists, primary, stacked
 from recollect.recommenders.prompt_rank_config import PromptRankConfig
 from recollect.recommenders.prompted import RankingResponse
@@ -93,10 +94,16 @@ def make_report(
     blind = [name for name in presets if _ranks_places(sections["orders"][name])]
     if blind:
         report.warnings.append(
-            f"rankings under two orders of the candidates do not agree beyond chance ({', '.join(blind)}): this model "
-            "ranks places and labels, not items"
+            f"rankings under two orders of the candidates do not agree beyond chance ({', '.join(blind)}): nothing "
+            "here shows that this model ranks items rather than places and labels"
         )
     sections["written"] = {name: rates for name, found in complete.items() if (rates := written_lists(found))}
+    report.warnings += [
+        f"{name}: {rates['filled']} of {len(cases)} users' lists were completed in backbone order "
+        f"({rates['missing_rate']:.0%} of the candidates were not named): that part of its row is {config.generator}'s"
+        for name, rates in sections["written"].items()
+        if rates["filled"]
+    ]
     if SHUFFLED in prompted:
         found = user_side_verdict(judge, prompted["fairlrm"], prompted[SHUFFLED], **options)
         sections["user_side"] = found | {"text": verdict_text(found, (judge.name("ndcg"), judge.name("mrmc")))}
@@ -111,6 +118,7 @@ def make_report(
         with_attribute = {name.removeprefix("base+"): prompted[name] for name in prompted if name in told}
         sections["stability"] = attribute_stability(judge, prompted["base"], with_attribute, **options)
     sections["curves"] = curves
+    sections["niche_gap"] = niche_gap(judge, generator, sweeps, **options)
     sections["panels"] = panels.make_panels(report, judge, config.generator, tuple(presets))
     return report
 

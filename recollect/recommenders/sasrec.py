@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from recollect.recommenders.configs import SASRecConfig
 from recollect.recommenders.layers import Dropout, FeedForward, SelfAttention
-from recollect.recommenders.losses import next_item_loss
-from recollect.recommenders.neural import NeuralRecommender
+from recollect.recommenders.neural import CausalModule, NeuralRecommender
 from recollect.recommenders.packing import Batch
 
 
@@ -36,7 +35,7 @@ class SASRecBlock(nn.Module):
         return x + self.feedforward(self.feedforward_norm(x))
 
 
-class SASRecModule(nn.Module):
+class SASRecModule(CausalModule):
     """Jagged batch -> hidden state of every position; scores are products with the item embedding."""
 
     def __init__(self, config: SASRecConfig, n_items: int) -> None:
@@ -57,18 +56,6 @@ class SASRecModule(nn.Module):
         for block in self.blocks:
             x = block(x, batch)
         return self.norm(x)
-
-    def training_loss(self, batch: Batch) -> Tensor:
-        """() mean loss over all positions."""
-        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
-
-    def user_vectors(self, batch: Batch) -> Tensor:
-        """(B, D)."""
-        return self(batch)[batch.last]
-
-    def item_vectors(self) -> Tensor:
-        """(n_items, D)."""
-        return self.items.weight
 
 
 class SASRec(NeuralRecommender):

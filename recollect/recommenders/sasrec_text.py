@@ -89,6 +89,10 @@ class SASRecText(NeuralRecommender):
             torch.manual_seed(call_seed(config.seed, self.name, "initial weights"))
             return SASRecTextModule(config, n_items, torch.from_numpy(text.copy()))
 
+    def frozen_inputs(self) -> list[np.ndarray]:
+        """The text vectors."""
+        return [] if self._text is None else [self._text]
+
     def fit(
         self, dataset: Dataset, split: Split | None = None, *, rows: np.ndarray | None = None, **training: Any
     ) -> Self:

@@ -7,7 +7,7 @@ items (evaluation spec 3.5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -17,7 +17,7 @@ import numpy as np
 from recollect.errors import ConfigError, InputError
 from recollect.eval.protocol import data_fingerprint
 from recollect.io import atomic_open, canonical_json, sha256_text
-from recollect.recommenders.closed_form import check_question, load_folder, of_candidates, save_folder
+from recollect.recommenders.closed_form import ClosedForm, check_question, of_candidates
 from recollect.recommenders.configs import SASRecConfig
 from recollect.types import Catalog, Dataset, Split
 
@@ -101,7 +101,7 @@ def item_vectors(dataset: Dataset, embedder: str | Embedder, cache: str | Path |
     return vectors
 
 
-class TextSimilarity:
+class TextSimilarity(ClosedForm):
     """Cosine of item text to the texts of the last history items; an empty history gives zeros.
 
     Args:
@@ -111,6 +111,7 @@ class TextSimilarity:
     """
 
     name = "minilm"
+    config_class = TextSimilarityConfig
 
     def __init__(
         self,
@@ -119,9 +120,7 @@ class TextSimilarity:
         embedder: Embedder | None = None,
         cache: str | Path | None = None,
     ) -> None:
-        self.config = config
-        self.n_items = 0
-        self.data = ""
+        super().__init__(config)
         self._embedder = embedder
         self._cache = cache
 
@@ -153,22 +152,10 @@ class TextSimilarity:
                 scores[row] = (self.vectors[recent] @ self.vectors.T).max(axis=0)
         return of_candidates(scores, candidates)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (vectors (n_items, D)); the embedder is not stored."""
-        save_folder(
-            folder,
-            kind=self.name,
-            options=self.config,
-            n_items=self.n_items,
-            data=self.data,
-            arrays={"vectors": self.vectors} if self.n_items else {},
-        )
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Vectors (n_items, D); the embedder is not stored."""
+        return {"vectors": self.vectors}
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Inverse of `save_pretrained`."""
-        config, content, arrays = load_folder(folder, cls.name, TextSimilarityConfig)
-        model = cls(config)
-        model.vectors = arrays["vectors"]
-        model.n_items, model.data = int(content["n_items"]), content["data_fingerprint"]
-        return model
+    def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `arrays`."""
+        self.vectors = arrays["vectors"]

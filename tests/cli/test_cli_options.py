@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recollect.cli.options import Parser, add_options
-from recollect.cli.simulate import resolve
+from recollect.cli.runs import resolve
 from recollect.config import dump_yaml, options_of, parse_yaml, read_options, run_manifest
 from recollect.errors import ConfigError
 

@@ -13,12 +13,15 @@ import recollect
 from recollect.data.examples import training_sequences
 from recollect.data.splits import leave_one_out
 from recollect.distill.config import METHODS
+from recollect.distill.ensemble import WeightChoice, mixed_scores
 from recollect.distill.factors import Factors
 from recollect.distill.fused import fused_distillation_loss
 from recollect.distill.learners import Crm, Llm, SampleTeacher, trained_samples, weights_hash, wrap
+from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.losses import distillation_loss
 from recollect.distill.rounds import Strength, train_half
 from recollect.distill.weights import sample_weights, true_item_rank
+from recollect.eval.metrics import ndcg, rank_counts
 from recollect.io import read_json
 from recollect.loop import LoopConfig, train
 from recollect.progress import SilentProgress
@@ -203,6 +206,7 @@ def test_a_killed_run_resumes_to_the_same_report(decoder, tmp_path):
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "Sample weights after round 1" in page
     assert "Validation ndcg@10 per round" in page
+    assert "full ranking of the" in page
 
 
 def stage(folder, kind, number):
@@ -232,6 +236,13 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
     assert {row["parameters"] for name, row in details.items() if name in ("teacher_alone", "teacher_distilled")} == {
         details["teacher_alone"]["parameters"]
     }
+    trained = [
+        path for path in (tmp_path / "run" / "stages").iterdir() if "seconds" in read_json(path / "stage.json")["info"]
+    ]
+    assert report.ledger["stages"] == len(trained)  # fold models and the other seed's student included
+    assert sum(path.name.startswith("crossfit-") for path in trained) == 1
+    budget = {name: len(halves[0]) for name, halves in report.sections["half_rounds"].items()}
+    assert {budget[name] for name in ("self", "up-only", "popularity", "label-smoothing")} == {SMALL["rounds"]}
     by_key = {path.name.rpartition("-")[2]: path for path in (tmp_path / "run" / "stages").iterdir()}
     seen = set()
     for recipe, llm in stage(tmp_path / "run", "llm-down", 2):
@@ -242,6 +253,74 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
         seen.add(recipe["embedding"] == recipe["teacher"])
     assert seen == {True, False}  # re-injected; with no-update those of round 0
     assert type(wrap(crm)) is Crm
+
+
+def test_a_run_folder_may_move_whatever_its_models_refer_to(decoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {**SMALL, "rounds": 1, "teacher": str(decoder), "method": "llm-srec", "compare": ("none",)}
+    first = recollect.distill(LOG, out="run", **options)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    (path,) = (tmp_path / "moved" / "stages").glob("llm-srec-*")
+    from recollect.distill.stages import Stage
+
+    assert Stage("", path, {}, {}).load().score([LOG.interactions.item[:3]]).shape == (1, LOG.n_items)
+    for cached in (tmp_path / "moved").glob("stages/*/*-*.json"):
+        cached.unlink()  # forces every model to be read and tested again
+    again = recollect.distill(LOG, out=tmp_path / "moved", resume=True, **options)
+    assert again.sections["models"] == first.sections["models"]
+
+
+def test_parameters_are_what_serving_reads(decoder):
+    from recollect.distill.workshop import served_parameters
+
+    crm = student()
+    llm = reader(decoder, crm)
+    words = 9 * 32  # of the tiny decoder
+    everything = sum(tensor.numel() for tensor in llm.module.parameters())
+    assert served_parameters(llm) == everything - words + LOG.n_items * 16
+    assert served_parameters(crm) == sum(tensor.numel() for tensor in crm.module.parameters())
+    heads = LlmSRec(llm, collaborative_width=16, seed=0, source="nowhere")
+    own = sum(tensor.numel() for part in (heads.module.user, heads.module.items) for tensor in part.parameters())
+    assert served_parameters(heads) == served_parameters(llm) + own
+
+
+def test_a_half_round_under_another_teacher_or_temperature_is_not_continued(tmp_path):
+    def run(teacher: int, how: Strength, progress=None):
+        train_half(
+            Crm(student()),
+            Crm(student(teacher)),
+            SEQUENCES,
+            how=how,
+            loop=LOOP,
+            scratch=tmp_path / "scratch",
+            folder=tmp_path / "work",
+            checkpoint_every=1,
+            progress=progress,
+        )
+
+    with pytest.raises(Killed):
+        run(1, Strength(), Kill(3))
+    for teacher, how in ((2, Strength()), (1, Strength(temperature=3.0))):
+        with pytest.raises(recollect.RecollectError, match="other"):
+            run(teacher, how)
+    run(1, Strength())
+
+
+def test_the_weight_is_chosen_for_the_mixture_that_is_tested():
+    """Standardised over the whole catalogue, then masked: as `EnsembleScores` under the evaluator."""
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(2, 40, 12))
+    first[:, :4] += 50  # what was seen would stretch the scale of one model, were it standardised after masking
+    target = generator.integers(4, 12, 40)
+    masked = np.zeros((40, 12), dtype=bool)
+    masked[:, :4] = True
+    choice = WeightChoice(k=5)
+    choice.add(first, second, target, masked=masked)
+    for number, weight in enumerate(choice.weights.tolist()):
+        scores = mixed_scores(first, second, weight)
+        scores[masked] = -np.inf
+        assert choice.curve[number] == pytest.approx(ndcg(*rank_counts(scores, target), 5).mean())
 
 
 def test_adding_a_row_reuses_what_is_there(decoder, tmp_path):

@@ -15,7 +15,7 @@ from recollect.errors import ResumeRefused
 from recollect.eval.metrics import ndcg
 from recollect.eval.ranking import evaluate_ranker
 from recollect.recommenders import evaluate_runs
-from recollect.recommenders.ease import Ease
+from recollect.recommenders.ease import Ease, EaseConfig
 from recollect.recommenders.markov import Markov
 from recollect.recommenders.models import load_recommender
 
@@ -114,7 +114,21 @@ def test_a_saved_model_gives_its_row_again(log, finished, tmp_path):
     again = recollect.evaluate(log, models=("pop", label), out=tmp_path / "run")
     assert again.sections["models"][label]["ndcg@10"] == report.sections["models"]["ease"]["ndcg@10"]
     assert any("may have seen the test" in warning for warning in again.warnings)
+    assert again.sections["rows"][label]["leak"]["leaking_cases"] is None
+    assert json.loads((tmp_path / "run/rows/pop/once/result.json").read_text())["protocol"]["trained_on"] == "train"
+    (held,) = (tmp_path / "run/rows").glob("saved-*/once/result.json")
+    assert json.loads(held.read_text())["protocol"]["trained_on"] == "unknown"
     assert isinstance(load_recommender(out / "rows/ease/once/model"), Ease)
+
+
+def test_a_saved_model_that_was_replaced_is_not_taken_for_its_finished_row(log, tmp_path):
+    dataset = recollect.data.k_core(log, 5)
+    Ease().fit(dataset, leave_one_out(dataset)).save_pretrained(tmp_path / "model")
+    models = ("pop", f"path:{tmp_path / 'model'}")
+    recollect.evaluate(log, models=models, out=tmp_path / "run")
+    Ease(EaseConfig(regularization=9.0)).fit(dataset, leave_one_out(dataset)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ResumeRefused, match="was made with"):
+        recollect.evaluate(log, models=models, out=tmp_path / "run", resume=True)
 
 
 def test_seeds_are_averaged_and_a_trained_row_reproduces(log, tmp_path):
@@ -191,6 +205,42 @@ def test_the_baseline_is_chosen_on_validation(log, finished):
     strong = {name: rows[name]["validation"]["ndcg@10"] for name in ("pop", "markov")}
     assert report.sections["baseline"] == max(strong, key=strong.get)
     assert {row["model"] for row in report.sections["differences"]} == set(CLOSED) - {report.sections["baseline"]}
+
+
+def test_the_page_says_which_rows_count_as_baselines_and_how_one_was_chosen(log, finished, tmp_path):
+    _, report = finished
+    chosen = report.sections["baseline"]
+    why = "the best by validation ndcg@10 of the rows that count as baselines here (pop, markov)"
+    assert report.protocol["compared_with"] == f"{chosen}, {why}"
+    assert why in report.sections["panels"][0]["text"]
+    # A row that is no baseline is none even where it is better on validation.
+    sections = {"again": {"model": "pop"}}
+    weak = recollect.evaluate(log, models=("pop", "again", "ease"), model_options=sections, out=tmp_path / "weak")
+    validation = {name: row["validation"]["ndcg@10"] for name, row in weak.sections["rows"].items()}
+    assert validation["ease"] > validation["pop"]
+    assert weak.sections["panels"][0]["text"].endswith(
+        "All rows are compared with pop: the best by validation ndcg@10 of the rows that count as baselines here "
+        "(pop, again)."
+    )
+    one = recollect.evaluate(log, models=("markov", "itemknn"), out=tmp_path / "one")
+    assert one.protocol["compared_with"] == "markov, the only row of this table that counts as a baseline"
+    none = recollect.evaluate(log, models=("ease", "itemknn"), out=tmp_path / "none")
+    assert (
+        "of all rows, as none of the baselines pop, markov, sasrec is in this table" in none.protocol["compared_with"]
+    )
+
+
+def test_text_rows_come_with_the_other_mask_and_both_intervals(log, minilm_dir, tmp_path):
+    report = recollect.evaluate(log, models=("pop", "minilm"), out=tmp_path / "run")
+    found = report.sections["rows"]["minilm"]["other_mask"]
+    other = recollect.evaluate(log, models=("minilm",), mask="none", out=tmp_path / "none")
+    for mask, table, value in (("history", report, found["own"]), ("none", other, found["other"])):
+        assert table.protocol["mask"] == mask
+        expected = table.sections["models"]["minilm"]["ndcg@10"]
+        assert [value["value"], *value["ci95"]] == pytest.approx([expected["value"], *expected["ci95"]], abs=1e-12)
+        assert value["n"] == expected["n"]
+    assert found["mask"] == "none"
+    assert report.sections["rows"]["pop"]["other_mask"] is None
 
 
 def test_shuffles_of_ties_are_runs_of_their_own(tmp_path):

@@ -184,6 +184,26 @@ def test_warnings_say_what_weakens_the_table(log, tmp_path):
     assert not any("later events" in text for text in gts.warnings)
     leaks = [row["leak"]["leaking_cases"] for row in gts.sections["rows"].values()]
     assert leaks == [0, 0]
+    assert any("not every strong baseline is in this table: markov, sasrec missing" in text for text in gts.warnings)
+
+
+def test_training_without_a_validation_case_is_said(tmp_path):
+    # Only user 2 has an event between the two cuts, and none before it: there are test cases and no validation case.
+    times = [[1, 2, 3, 4, 5, 90, 91], [1, 2, 3, 4, 5, 6, 6], [40, 41]]
+    log = small_log([[0, 1, 2, 3, 0, 1, 2], [1, 2, 3, 0, 1, 2, 3], [3, 2]], 4, times=times)
+    options = {"sasrec": {"epochs": 2, "hidden": 8, "max_length": 10}}
+    report = recollect.evaluate(
+        log,
+        models=("pop", "sasrec"),
+        model_options=options,
+        protocol="gts",
+        core=0,
+        quantile=0.85,
+        out=tmp_path / "run",
+    )
+    assert report.sections["rows"]["sasrec"]["validation"] is None
+    assert any("sasrec: there is no validation case, so training ran for all its epochs" in w for w in report.warnings)
+    assert "there is no validation to choose by" in report.protocol["compared_with"]
 
 
 def test_every_model_of_the_table_can_be_had_and_names_its_options():

@@ -106,7 +106,25 @@ def test_fast_paths_equal_the_bootstrap_of_an_arbitrary_statistic():
         n=200,
         seed=9,
     )["share"]
-    assert fast == pytest.approx(cluster_bootstrap(codes == 0, users, n=200, seed=9))
+    slow = cluster_bootstrap(codes == 0, users, n=200, seed=9)
+    assert (fast.value, fast.n) == (pytest.approx(slow.value), slow.n)
+    assert fast.high - fast.low == pytest.approx(slow.high - slow.low)  # the same draws, moved onto the value
+    assert fast.low == pytest.approx(slow.low, abs=0.02)
+
+
+def test_the_interval_of_a_distance_holds_its_value_and_stays_above_zero():
+    generator = stream(5, "distance")
+    users = np.repeat(np.arange(40), 5)
+    first, second = generator.integers(0, 12, size=(2, len(users)))  # equal truth: every resample is further apart
+    distance = bootstrap_two_histograms(
+        {"tv": lambda p, q: 0.5 * np.abs(p / p.sum(-1, keepdims=True) - q / q.sum(-1, keepdims=True)).sum(-1)},
+        (first, users),
+        (second, users),
+        12,
+        n=500,
+        seed=0,
+    )["tv"]
+    assert 0 <= distance.low < distance.value < distance.high
 
 
 def test_relabelling_or_reordering_rows_keeps_value_and_interval():

@@ -158,6 +158,7 @@ def test_rubbish_never_raises_and_invents_no_item(world, tmp_path):
     assert 0 < written["invalid_rate"] <= 1
     assert written["filled"] > 0
     assert written["fill"] == "backbone"
+    assert any("completed in backbone order" in warning for warning in report.warnings)
     assert report.metrics[RECALL]["n"] == 60
     cases, _ = judged(world)
     assert report.protocol["fill"] == "backbone"
@@ -226,6 +227,42 @@ def test_inserted_targets_are_named_in_every_metric(world, tmp_path):
     assert all("~inserted" in name for name in report.metrics if "per_user" not in name)
     assert report.protocol["retrieved_share"] == 1
     assert any("say nothing" in warning for warning in report.warnings)
+    # Other models' lists hold no inserted target, so they cannot stand under these names.
+    assert set(report.sections["models"]) == {"pop", "base"}
+
+
+def test_further_conventional_models_are_rows_and_may_be_left_out(world, tmp_path):
+    options = {"preset": ("base",), "resamples": 5}
+    some = run(world, reader(echo, "echo"), tmp_path, compare=("markov", "ease", "pop"), **options)
+    assert {"markov", "ease"} <= set(some.sections["models"])
+    assert not any(name.endswith("|retrieved") for name in some.sections["models"]["ease"])
+    none = run(world, reader(echo, "echo"), tmp_path, compare=("none",), **options)
+    assert set(none.sections["models"]) == {"pop", "base"}
+    with pytest.raises(UnknownName, match="ease"):
+        run(world, reader(echo, "echo"), tmp_path, compare=("eese",), **options)
+
+
+def test_the_gap_between_mainstream_and_niche_users_is_stated_for_every_setting(tmp_path):
+    dataset = two_tastes_world()
+    options = {"candidates": 26, "preset": ("fairlrm",), "resamples": 200, "rerankers": ("cp",), "compare": ("none",)}
+    report = run(dataset, reader(follows_quota, "rule"), tmp_path, **options)
+    found = report.sections["niche_gap"]
+    groups = report.sections["groups"]["pop"][NDCG]
+    assert found["reference"] == "pop"
+    assert found["n"] == {name: groups[name]["n"] for name in ("mainstream", "niche")}
+    assert found["gap"]["value"] == pytest.approx(groups["mainstream"]["value"] - groups["niche"]["value"])
+    assert found["gap"]["value"] > 0
+    rows = {(row["method"], row["value"]): row for row in found["rows"]}
+    assert {method for method, _ in rows} == {"pop + cp", "fairlrm + cp"}
+    untouched = rows["pop + cp", 0.0]
+    assert (untouched["closed"], untouched["change"], untouched["within"]) == (0.0, 0.0, False)
+    assert untouched["reduction"]["ci95"] == [0.0, 0.0]
+    for row in found["rows"]:
+        assert row["closed"] == pytest.approx(1 - row["gap"]["value"] / found["gap"]["value"])
+        assert row["within"] == (row["closed"] >= 0.5 and row["change"] >= -0.02)
+        assert row["supported"] <= row["within"]
+        assert row["gap"]["ci95"][0] <= row["gap"]["value"] <= row["gap"]["ci95"][1]
+    assert "gap between mainstream and niche users" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_report_holds_curves_with_intervals_and_hyper_volumes(world, tmp_path):
@@ -259,14 +296,14 @@ def test_a_reader_of_places_is_called_one(world, tmp_path):
     options = {"preset": ("base",), "orders": "shuffled", "permutations": 2}
     places = run(world, reader(echo, "echo"), tmp_path, **options)
     assert abs(places.sections["orders"]["base"]["kendall_tau"]["value"]) < 0.15
-    assert any("ranks places and labels, not items" in warning for warning in places.warnings)
+    assert any("ranks items rather than places and labels" in warning for warning in places.warnings)
 
     def by_title(chat, shown):
         return sorted(range(len(shown)), key=lambda at: shown[at].title)
 
     items = run(world, reader(by_title, "titles"), tmp_path, **options)
     assert items.sections["orders"]["base"]["kendall_tau"]["value"] == 1
-    assert not any("ranks places" in warning for warning in items.warnings)
+    assert not any("places and labels" in warning for warning in items.warnings)
 
 
 def test_a_global_temporal_split_is_judged_on_the_last_event_after_the_cut(world, tmp_path):

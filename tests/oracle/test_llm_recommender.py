@@ -12,7 +12,7 @@ from support.tiny_decoder import patterned_log, write_tiny_decoder
 
 from recollect.data.examples import training_sequences
 from recollect.data.splits import leave_one_out
-from recollect.errors import ConfigError, InputError, ModelFileError
+from recollect.errors import ConfigError, InputError, ModelFileError, ResumeRefused
 from recollect.io import read_json
 from recollect.recommenders.llm_batches import (
     LlmBatch,
@@ -215,6 +215,15 @@ def test_fitting_learns_the_pattern_and_a_saved_model_scores_identically(decoder
     np.testing.assert_array_equal(loaded.score(HISTORIES), model.score(HISTORIES))
     again = LlmSequential(config, item_embedding=EMBEDDING).fit(LOG, split)
     np.testing.assert_array_equal(again.score(HISTORIES), model.score(HISTORIES))
+
+
+def test_a_checkpoint_of_another_log_or_other_item_vectors_is_refused(decoder, tmp_path):
+    config = LlmConfig(base=str(decoder), keep_layers=1, precision="fp32", epochs=1, batch_size=8)
+    LlmSequential(config, item_embedding=EMBEDDING).fit(LOG, leave_one_out(LOG), folder=tmp_path)
+    with pytest.raises(ResumeRefused, match="frozen_inputs"):
+        LlmSequential(config, item_embedding=EMBEDDING + 1).fit(LOG, leave_one_out(LOG), folder=tmp_path)
+    with pytest.raises(ResumeRefused, match="rows"):
+        LlmSequential(config, item_embedding=EMBEDDING).fit(LOG, folder=tmp_path)
 
 
 def test_an_adapter_of_another_base_is_refused(decoder, tmp_path):

@@ -10,9 +10,10 @@ from support.recommender_worlds import small_log
 
 from recollect.config import attribute_docstrings, options_of
 from recollect.data.examples import held_out_cases
-from recollect.data.splits import leave_one_out
-from recollect.errors import ConfigError, InputError, ModelFileError
+from recollect.data.splits import global_temporal, leave_one_out
+from recollect.errors import ConfigError, InputError, ModelFileError, ResumeRefused
 from recollect.eval.metrics import ndcg, rank_counts
+from recollect.eval.ranking import evaluate_ranker
 from recollect.recommenders.bert4rec import BERT4Rec
 from recollect.recommenders.configs import BERT4RecConfig, HSTUConfig, LRURecConfig, SASRecConfig
 from recollect.recommenders.lrurec import linear_scan
@@ -78,6 +79,36 @@ def test_several_targets_of_a_case_count_as_cases_of_their_own(world):
     )
     expected = (validation_ndcg(model, cases) + validation_ndcg(model, second)) / 2
     assert validation_ndcg(model, both) == pytest.approx(expected, abs=1e-12)
+
+
+def test_users_weigh_alike_on_validation_however_many_cases_they_have():
+    dataset = markov_log(n_users=60, length=12)
+    split = global_temporal(dataset, q=0.8, target="successive")
+    cases = held_out_cases(dataset, split, "valid")
+    assert len(np.unique(np.bincount(cases.user)[np.unique(cases.user)])) > 1
+    model = small_model("sasrec", epochs=2).fit(dataset, split)
+    table = evaluate_ranker(model, dataset, split, part="valid")
+    assert validation_ndcg(model, cases) == pytest.approx(table.mean("ndcg@10"), abs=1e-6)
+    assert model.result.best_validation == pytest.approx(table.mean("ndcg@10"), abs=1e-6)
+    assert abs(table.column("ndcg@10").mean() - table.mean("ndcg@10")) > 1e-3
+
+
+def test_items_nobody_has_touched_are_no_candidates_of_the_validation():
+    dataset = small_log([[(user + step) % 4 for step in range(5)] for user in range(8)], n_items=12)
+    split = leave_one_out(dataset)
+    model = small_model("sasrec", epochs=1).fit(dataset, split)
+    table = evaluate_ranker(model, dataset, split, part="valid")
+    assert table.n_candidates == 4
+    assert model.result.best_validation == pytest.approx(table.mean("ndcg@10"), abs=1e-6)
+
+
+def test_a_checkpoint_selected_on_other_validation_cases_is_refused(tmp_path):
+    dataset = markov_log(n_users=40)
+    last, each = (global_temporal(dataset, q=0.7, target=target) for target in ("last", "successive"))
+    small_model("sasrec").fit(dataset, each, folder=tmp_path)
+    for others in ({"split": last}, {"rows": each.train}):
+        with pytest.raises(ResumeRefused, match="chosen_on"):
+            small_model("sasrec").fit(dataset, **others, folder=tmp_path)
 
 
 def test_a_seed_decides_the_model_and_another_gives_another(world):

@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import re
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from recollect.eval.formats import direction, interval, number
 from recollect.eval.panels import panel_views, word_changes
+from recollect.eval.plots import lines_svg
 from recollect.eval.report import further_tables, main_table, rebuild, render_html, table_csv, verdict
 from recollect.io import read_json
 from recollect.types import Report
@@ -226,6 +228,17 @@ def test_every_kind_of_panel_is_drawn_and_drawing_is_deterministic(tmp_path):
     (tmp_path / "report.html").unlink()
     assert rebuild(tmp_path).to_json() == read_json(tmp_path / "report.json")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_lines_over_whole_numbers_have_whole_ticks():
+    def ticks(x):
+        groups = ElementTree.fromstring(lines_svg(x, {"a": [0.0] * len(x)})).iter("{http://www.w3.org/2000/svg}g")
+        return ["".join(group.itertext()).strip() for group in groups if "xtick" in group.get("id", "")]
+
+    for epochs in (2, 3, 5, 11):
+        assert ticks(range(1, epochs + 1))
+        assert all(tick.isdigit() for tick in ticks(range(1, epochs + 1)))
+    assert not all(tick.isdigit() for tick in ticks([0.5, 1.0, 1.5]))
 
 
 def test_ids_of_two_plots_never_meet():

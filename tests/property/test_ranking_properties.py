@@ -24,6 +24,7 @@ from recollect.eval.list_metrics import (
     entropy,
     gini,
     intra_list_distance,
+    list_columns,
     list_totals,
     novelty,
     with_list_metrics,
@@ -39,6 +40,7 @@ from recollect.eval.popularity import (
 from recollect.eval.ranking import evaluate_ranker
 from recollect.eval.setting import MASKS
 from recollect.eval.topk import top_items
+from recollect.eval.user_groups import head_share_groups
 from recollect.rng import stream
 
 KS = (1, 2, 3, 5, 8, 13, 21)
@@ -234,6 +236,22 @@ def test_head_conventions_on_a_small_catalogue():
     among[:5] = True
     assert np.flatnonzero(head_items(popularity, "items20", among)).tolist() == [1]
     np.testing.assert_array_equal(popularity_classes(popularity, (0.2,))[:, 0] == 1, head_items(popularity, "items20"))
+
+
+def test_items_without_an_event_move_no_head():
+    """An item nobody has touched is no candidate, so it makes no head larger."""
+    sequences = [(user, item) for user in range(6) for item in (user % 5, (user + 1) % 5, 0)]
+    user, item = np.array(sequences).T
+    found = []
+    for n_items in (5, 11):
+        world = log_dataset(user, item, np.arange(len(user)), n_items)
+        split = leave_one_out(world)
+        table = evaluate_ranker(FixedScores(np.tile(np.arange(n_items, 0.0, -1.0), (6, 1))), world, split)
+        columns = list_columns(table, world, split, k=2)
+        found.append((columns["mrmc@2:head/tail"], columns["tail_share@2:items20"]))
+        found[-1] += (head_share_groups(world, split.train).code,)
+    for few, many in zip(*found, strict=True):
+        np.testing.assert_array_equal(few, many)
 
 
 def test_group_exposure_equals_counting_pairs():
