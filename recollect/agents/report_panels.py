@@ -123,11 +123,16 @@ def distribution(kind: str, histogram: Mapping[str, Any], noise: Mapping[str, An
         "activity": "Items accepted per user",
         "rating": "Ratings",
     }
-    note = "" if noise is None else f"Two halves of the real users differ by TV {noise['value']:.3f}."
+    notes = [] if noise is None else [f"Two halves of the real users differ by TV {noise['value']:.3f}."]
+    if kind == "activity":
+        notes.append(
+            "The real number is the user's held-out interactions, which the plan fixes at the same few for everybody; "
+            "read the simulated mean and spread, not the distance."
+        )
     return {
         "kind": "distribution",
         "title": titles[kind],
-        "note": note,
+        "note": " ".join(notes),
         "labels": list(histogram["labels"]),
         "series": {"simulated": list(histogram["simulated"]), "real": list(histogram["real"])},
         "axis": "share",

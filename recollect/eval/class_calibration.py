@@ -21,7 +21,7 @@ from recollect.eval.topk import NO_ITEM
 from recollect.types import Catalog
 
 SMOOTHING = 0.01
-_CHUNK = 4096
+_CHUNK_CELLS = 200_000  # with hundreds of categories a chunk that fits the cache is faster than a large one
 
 
 def category_classes(catalog: Catalog) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -105,8 +105,9 @@ def calibration_columns(
     p = profile_distribution(cases, classes)
     padded = np.concatenate([classes, np.zeros((1, classes.shape[1]))])  # the last row is that of "no item"
     table = {name: np.zeros(len(lists)) for name in ("kl", "js", "mrmc")}
-    for start in range(0, len(lists), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    step = max(1, _CHUNK_CELLS // max(lists.shape[1] * classes.shape[1], 1))
+    for start in range(0, len(lists), step):
+        part = slice(start, start + step)
         of_place = padded[np.where(lists[part] == NO_ITEM, len(classes), lists[part])]  # (B, K, G)
         q = _normalised((of_place * weights[:, None]).sum(axis=1))
         running = _normalised(np.cumsum(of_place, axis=1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from recollect.errors import InputError, UnknownName
 from recollect.eval.case_table import RESAMPLES, CaseTable
+from recollect.eval.list_metrics import popularity_lift
 from recollect.eval.protocol import TRAIN, mixed_lines, protocol_hash, require_same_protocol
 from recollect.eval.statistics import PERMUTATIONS, bootstrap_ratios, entry, holm, paired_differences
 
@@ -123,7 +124,9 @@ def compare_models(
         metrics: per-case metrics to report; default all that every table has.
         against: the row all others are tested against; None tests every pair.
         tested: metrics to test, default `metrics`; p-values are adjusted by Holm over the pairs of each metric.
-        totals: {model: per seed, entries of `list_totals`}, averaged over seeds; their intervals are kept for one seed.
+        totals: {model: per seed, entries of `list_totals`}, averaged over seeds. With several seeds dgap@k is resampled
+            from their per-case columns; other bounds are the means of the seeds' bounds: no narrower than the interval
+            of the mean as far as the draws are normal.
         allow_mixed: let rows of different protocols stand together; the fields that differ are then part of the table.
         resamples, permutations: of the bootstrap over users and of the sign-flip test.
 
@@ -161,6 +164,9 @@ def compare_models(
     models = {name: _entries(by_seed[name], values[name], metrics, resamples, seed) for name in by_seed}
     for name, per_seed in (totals or {}).items():
         models[name] |= _total_entries(per_seed)
+        if len(per_seed) > 1:
+            for metric, lift in _lifts(by_seed[name], per_seed[0], resamples, seed).items():
+                models[name][metric]["ci95"] = lift["ci95"]
     pairs = [(name, against) for name in by_seed if name != against] if against is not None else []
     pairs = pairs if against is not None else [(b, a) for a, b in itertools.combinations(by_seed, 2)]
     paired = [(a, b) for a, b in pairs if np.array_equal(users[a], users[b])]
@@ -204,10 +210,29 @@ def _total_entries(per_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[
     found = {}
     for name, one in per_seed[0].items():
         values = np.array([math.nan if row[name]["value"] is None else row[name]["value"] for row in per_seed])
-        bounds = one["ci95"] if len(per_seed) == 1 else [None, None]
+        bounds = [_mean([row[name]["ci95"][side] for row in per_seed]) for side in (0, 1)]
         mean = float(values.mean())
         value = mean if math.isfinite(mean) else None
-        found[name] = {"value": value, "ci95": list(bounds), "n": one["n"], **_over_seeds(values)}
+        found[name] = {"value": value, "ci95": bounds, "n": one["n"], **_over_seeds(values)}
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _lifts(runs: Sequence[CaseTable], names: Iterable[str], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Entries of the mean over seeds of every "dgap@k" whose "arp@k" and "gap_profile" all runs have.
+
+    The profiles of all seeds are the same, so the mean of the lifts is the lift of the mean popularity.
+    """
+    found = {}
+    for name in names:
+        columns = (name.replace("dgap@", "arp@"), "gap_profile")
+        if name.startswith("dgap@") and all(column in run.metrics for run in runs for column in columns):
+            of_list, of_profile = (np.mean([run.per_user(column)[1] for run in runs], axis=0) for column in columns)
+            found[name] = entry(popularity_lift(np.arange(len(of_list)), of_list, of_profile, resamples, seed))
     return found
 
 

@@ -1,8 +1,8 @@
 """What the recommended lists are like beside being right: coverage, evenness, popularity, calibration, variety.
 
-Per-case columns join the `CaseTable`, and with it the intervals and paired tests; what only the lists of all users
-together have (coverage, Gini, entropy, group exposure) comes as one value without an interval, because a bootstrap of
-users sees fewer items by construction.
+Per-case columns join the `CaseTable`, and with it the intervals and paired tests. What only the lists of all users
+together have comes as one value: coverage and Gini with an interval of shifted draws, because a bootstrap of users sees
+fewer items by construction; entropy and group exposure without.
 
 Names: "coverage@10", "tail_share@10:items20", "mrmc@10:head/tail": the cut-off, then the convention.
 Source: recsys_evaluation 5.
@@ -32,9 +32,12 @@ from recollect.eval.popularity import (
     relative_spread,
     tail_columns,
 )
-from recollect.eval.statistics import Interval, bootstrap_ratios, cluster_codes, entry
+from recollect.eval.statistics import Interval, bootstrap_histogram, bootstrap_ratios, cluster_codes, entry
 from recollect.eval.topk import NO_ITEM
 from recollect.types import Dataset, Split
+
+EXPOSURE_RESAMPLES = 2_000
+"""At most so many resamples for coverage and Gini: each one counts the lists of everybody again."""
 
 
 def recommendation_counts(lists: np.ndarray, n_items: int) -> np.ndarray:
@@ -44,7 +47,7 @@ def recommendation_counts(lists: np.ndarray, n_items: int) -> np.ndarray:
 
 def coverage(counts: np.ndarray) -> float:
     """Share of items recommended to anyone; counts (n,) over all candidates."""
-    return float((counts > 0).mean())
+    return float(_shares_shown(counts))
 
 
 def gini(counts: np.ndarray) -> float:
@@ -52,11 +55,17 @@ def gini(counts: np.ndarray) -> float:
 
     Elliot reports 1 - Gini n/(n-1) instead, where higher is more even.
     """
-    total = counts.sum()
-    if total == 0:
-        return math.nan
-    n = len(counts)
-    return float(((2 * np.arange(1, n + 1) - n - 1) * np.sort(counts)).sum() / (n * total))
+    return float(_ginis(counts))
+
+
+def _shares_shown(counts: np.ndarray) -> np.ndarray:
+    return (counts > 0).mean(axis=-1)
+
+
+def _ginis(counts: np.ndarray) -> np.ndarray:
+    n, total = counts.shape[-1], counts.sum(axis=-1)
+    weighted = ((2 * np.arange(1, n + 1) - n - 1) * np.sort(counts, axis=-1)).sum(axis=-1)
+    return np.where(total > 0, weighted / np.maximum(n * total, 1), math.nan)
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -162,15 +171,13 @@ def list_totals(
     """Report entries of what the lists of all users have together.
 
     Returns:
-        coverage@k, gini@k, entropy@k (nats), entropy_share@k (of ln n), ltc@k:RULE, rsp@k:RULE, reo@k:RULE with null
-        bounds, and dgap@k (GAP of the lists over GAP of the profiles, minus 1) with an interval over users.
+        coverage@k, gini@k and dgap@k (GAP of the lists over GAP of the profiles, minus 1) with an interval over users;
+        entropy@k (nats), entropy_share@k (of ln n), ltc@k:RULE, rsp@k:RULE, reo@k:RULE with null bounds.
     """
     cases, lists = cases_of(table, dataset, split), table.top(k)
     counts = recommendation_counts(lists, table.n_items)[table.candidate]
     evenness = entropy(counts)
     values = {
-        f"coverage@{k}": coverage(counts),
-        f"gini@{k}": gini(counts),
         f"entropy@{k}": evenness,
         f"entropy_share@{k}": evenness / math.log(len(counts)) if len(counts) > 1 else math.nan,
     }
@@ -183,10 +190,38 @@ def list_totals(
         values[f"rsp@{k}:{rule}"] = relative_spread(exposure_by_group(lists, cases, group))
         relevant = exposure_by_group(lists, cases, group, target=target, target_case=target_case)
         values[f"reo@{k}:{rule}"] = relative_spread(relevant)
-    entries = {name: entry(Interval(value, math.nan, math.nan, len(table))) for name, value in values.items()}
+    exposure = exposure_intervals(lists, table.user, table.candidate, resamples=resamples, seed=seed)
+    entries = {f"{name}@{k}": entry(interval) for name, interval in exposure.items()}
+    entries |= {name: entry(Interval(value, math.nan, math.nan, len(table))) for name, value in values.items()}
     profile = profile_means(cases, table.popularity.astype(np.float64))
     lift = popularity_lift(table.user, average_popularity(lists, table.popularity), profile, resamples, seed)
     return entries | {f"dgap@{k}": entry(lift)}
+
+
+def exposure_intervals(
+    lists: np.ndarray, user: np.ndarray, candidate: np.ndarray, *, resamples: int = EXPOSURE_RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """{"coverage", "gini"} of lists (C, K) with intervals over users (C,), at most `EXPOSURE_RESAMPLES` of them.
+
+    Args:
+        candidate: (n_items,) bool, the items that count.
+    """
+    case, place = np.nonzero(lists != NO_ITEM)
+    item = lists[case, place]
+    counted = candidate[item]
+    code = (np.cumsum(candidate) - 1)[item[counted]]
+    found = bootstrap_histogram(
+        {"coverage": _shares_shown, "gini": _ginis},
+        code,
+        user[case[counted]],
+        int(candidate.sum()),
+        n=min(resamples, EXPOSURE_RESAMPLES),
+        seed=seed,
+    )
+    return {  # shares: moved draws may not leave 0..1
+        name: Interval(value, low, float(np.minimum(high, 1.0)), len(lists))
+        for name, (value, low, high, _) in found.items()
+    }
 
 
 def popularity_lift(

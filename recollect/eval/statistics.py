@@ -225,12 +225,47 @@ def bootstrap_two_histograms(
         for name, function in statistics.items():
             draws[name].append(function(a[usable], b[usable]))
     return {
-        name: interval_of_draws(value, _centred(value, np.concatenate(draws[name])), len(code_a))
+        name: interval_of_draws(value, centred(value, np.concatenate(draws[name])), len(code_a))
         for name, value in values.items()
     }
 
 
-def _centred(value: float, draws: np.ndarray) -> np.ndarray:
+def bootstrap_histogram(
+    statistics: Mapping[str, Callable[[np.ndarray], np.ndarray]],
+    codes: np.ndarray,
+    clusters: np.ndarray,
+    n_codes: int,
+    *,
+    n: int = RESAMPLES,
+    seed: int,
+) -> dict[str, Interval]:
+    """Intervals of statistics of one histogram that a resample moves to one side (how many codes occur, Gini, …).
+
+    Args:
+        statistics: functions of a count array (…, K) that work along the last axis and are never negative.
+        codes, clusters: (N,) category 0..n_codes-1 of each row and its cluster.
+
+    Returns:
+        {name: Interval}, n = rows; draws `centred`, bounds NaN with fewer than two clusters or n = 0. A resample cannot
+        show a code the sample lacks, so where most codes occur once the interval is somewhat too narrow: over made
+        populations it held the expected value in 88 to 99 of 100 samples.
+    """
+    whole = np.bincount(codes, minlength=n_codes).astype(np.float64)
+    values = {name: float(function(whole)) for name, function in statistics.items()}
+    n_clusters = cluster_codes(clusters)[1]
+    draws: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in statistics}
+    if n_clusters > 1:
+        chunk = max(1, _CHUNK_CELLS // max(n_codes, n_clusters))
+        for counts in resampled_counts(codes, n_codes, clusters, n=n, seed=seed, name="", chunk=chunk):
+            for name, function in statistics.items():
+                draws[name].append(function(counts))
+    return {
+        name: interval_of_draws(value, centred(value, np.concatenate(draws[name])), len(codes))
+        for name, value in values.items()
+    }
+
+
+def centred(value: float, draws: np.ndarray) -> np.ndarray:
     """Draws moved so that their mean is `value`; cut at 0 where none was negative before."""
     draws = draws[np.isfinite(draws)]
     if not len(draws) or not np.isfinite(value):

@@ -23,6 +23,8 @@ def all_panels(
         forest(report, metric),
         *difference_panels(report, metric),
         lists(report, config),
+        *calibration(report, config),
+        *groups(report, metric),
     ]
     if report.sections["tie_orders"]:
         shown.append(orders(report, metric))
@@ -177,12 +179,72 @@ def lists(report: Report, config: EvaluateConfig) -> dict[str, Any]:
         "note": (
             "Share of the catalogue shown to anyone; Gini of exposure (0 = even); mean popularity of the list; its "
             "lift over the profile; share of tail items, by both conventions; log popularity difference; rank "
-            "miscalibration. Lists are cut by score, then item index. What only all lists together have (coverage, "
-            "Gini) has no interval."
+            "miscalibration. Lists are cut by score, then item index. A resample of users sees fewer items by "
+            "construction, so the draws for coverage and Gini are moved onto the value."
         ),
         "columns": ["model", *metrics],
         "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
     }
+
+
+def calibration(report: Report, config: EvaluateConfig) -> list[dict[str, Any]]:
+    """How far the categories of a list are from those of the history, where the catalogue has categories."""
+    models, cut = report.sections["models"], config.primary_cut
+    metrics = [f"calibration_kl@{cut}:category", f"calibration_js@{cut}:category", f"mrmc@{cut}:category"]
+    if not any(metric in table for table in models.values() for metric in metrics):
+        return []
+    return [
+        {
+            "kind": "table",
+            "title": "Are the categories of a list those of the history?",
+            "note": (
+                "0 = the same shares. KL of the history's shares from the list's, in nats (4.605 = no category in "
+                "common); Jensen-Shannon divergence in bits (at most 1); rank miscalibration (at most 1). An item's "
+                "categories count in equal shares; a history without any counts 0."
+            ),
+            "columns": ["model", *metrics],
+            "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
+        }
+    ]
+
+
+GROUP_NAMES = {"activity": ("q1", "q2", "q3"), "head share": ("niche", "balanced", "mainstream")}
+
+
+def groups(report: Report, metric: str) -> list[dict[str, Any]]:
+    """The primary metric by group of users, both partitions in one table."""
+    found = report.sections["user_groups"]
+    if not found:
+        return []
+    sizes = []
+    for partition, rows in found.items():
+        of_group = next(iter(rows.values()))["groups"]
+        listed = ", ".join(f"{name} {of_group[name]['n']:,}" for name in GROUP_NAMES[partition] if name in of_group)
+        sizes.append(f"{partition}: {listed}")
+    return [
+        {
+            "kind": "table",
+            "title": f"{metric.upper()} by group of users",
+            "note": (
+                "Groups come from training events only: thirds of the users by their number of events (q1 the "
+                "fewest), and 20/60/20 % by the share of head items among them. Users per group, "
+                f"{'; '.join(sizes)}. Gap = best minus worst group; chance alone makes it positive, so its draws are "
+                "moved onto the value."
+            ),
+            "columns": ["users by", "model", "q1 / niche", "q2 / balanced", "q3 / mainstream", "gap", "worst"],
+            "rows": [
+                [
+                    partition,
+                    label,
+                    *(_cell(row["groups"].get(name)) for name in GROUP_NAMES[partition]),
+                    _cell(row["gap"]),
+                    row["worst"]["group"],
+                ]
+                for partition, rows in found.items()
+                for label, row in rows.items()
+            ],
+        }
+    ]
 
 
 def orders(report: Report, metric: str) -> dict[str, Any]:

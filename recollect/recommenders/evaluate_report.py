@@ -20,9 +20,11 @@ import numpy as np
 from recollect.data.splits import LeakReport, tied_target_share
 from recollect.eval.case_table import RESAMPLES, CaseTable
 from recollect.eval.comparison import compare_models
+from recollect.eval.list_metrics import EXPOSURE_RESAMPLES
 from recollect.io import read_json
 from recollect.recommenders import evaluate_panels as panels
 from recollect.recommenders.evaluate_config import EvaluateConfig
+from recollect.recommenders.evaluate_groups import GROUP_RESAMPLES, user_groups
 from recollect.recommenders.evaluate_runs import CASES_FILE, RESULT_FILE, Entry, Unit, is_finished, read_metrics
 from recollect.tracking import Tracker
 from recollect.types import Dataset, Report, Split
@@ -116,7 +118,10 @@ def make_report(
             "n_users": len(np.unique(dataset.interactions.user[split.test_row])),
             "tied_target_share": tied_target_share(dataset, split) if dataset.clock == "unix" else None,
             "compared_with": f"{baseline}, {why}",
-            "intervals": f"95 %, {RESAMPLES} resamples of users",
+            "intervals": (
+                f"95 %, {RESAMPLES} resamples of users ({EXPOSURE_RESAMPLES} for coverage and Gini, {GROUP_RESAMPLES} "
+                "for groups of users)"
+            ),
         },
         metrics={},
         ledger={"rows": len(units), "seconds": round(seconds, 3)},
@@ -128,6 +133,9 @@ def make_report(
             "baseline": baseline,
             "baseline_choice": why,
             "differences": list(comparison.differences),
+            "user_groups": user_groups(
+                {label: row.tables for label, row in rows.items()}, dataset, split, metric, config.seed
+            ),
             "tie_orders": tie_orders(rows, shuffles),
             "run": manifest,
         },

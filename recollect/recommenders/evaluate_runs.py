@@ -171,6 +171,7 @@ def run_unit(
     Raises:
         InputError: the model gives NaN scores, or a saved model is of other data.
     """
+    from recollect.eval.class_calibration import category_classes
     from recollect.eval.list_metrics import with_list_metrics
     from recollect.eval.ranking import evaluate_ranker
 
@@ -206,7 +207,15 @@ def run_unit(
     started = time.perf_counter()
     table = evaluate_ranker(model, dataset, split, rows=rows, **options)
     seconds["test"] = time.perf_counter() - started
-    table, totals = with_list_metrics(table, dataset, split, ks=(config.primary_cut,), seed=config.seed)
+    classes, names = category_classes(dataset.catalog)
+    table, totals = with_list_metrics(
+        table,
+        dataset,
+        split,
+        ks=(config.primary_cut,),
+        classes={"category": classes} if len(names) > 1 else None,
+        seed=config.seed,
+    )
     other_mask = None
     if unit.entry.spec is not None and unit.entry.spec.reads_text:
         other = {**options, "mask": "none" if config.mask == "history" else "history"}

@@ -303,7 +303,10 @@ def test_list_columns_join_the_table_and_name_their_convention():
     assert table.aggregate(["arp@10"], resamples=50)["arp@10"]["ci95"][0] is not None
     lift = totals["dgap@10"]
     assert lift["ci95"][0] < lift["value"] == pytest.approx(table.mean("arp@10") / table.mean("gap_profile") - 1)
-    assert totals["coverage@5"]["ci95"] == [None, None]
+    for name in ("coverage@5", "gini@5"):
+        low, high = totals[name]["ci95"]
+        assert 0 <= low <= totals[name]["value"] <= high <= 1, name
+    assert totals["entropy@5"]["ci95"] == [None, None]
 
 
 def test_recbole_parity_reproduces_its_peculiarities():

@@ -1,0 +1,170 @@
+"""Groups of users, category calibration, and intervals of coverage, Gini and dGAP where the truth is planted."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.ranking_worlds import FixedScores, log_dataset, random_world
+
+import recollect
+from recollect.data import leave_one_out
+from recollect.eval.comparison import compare_models
+from recollect.eval.list_metrics import exposure_intervals, popularity_lift
+from recollect.eval.ranking import evaluate_ranker
+from recollect.eval.statistics import bootstrap_table
+from recollect.recommenders.evaluate_groups import user_groups
+from recollect.rng import stream
+
+N_ITEMS = 90
+
+
+def served_by_activity(hit_rate: tuple[float, float, float]):
+    """90 users with 6, 9 or 12 events of a log, and a case table whose hits fall on a planted share of each third."""
+    length = np.repeat([6, 9, 12], 30)
+    user = np.repeat(np.arange(90), length)
+    world = log_dataset(user, stream(1, "items").integers(N_ITEMS, size=len(user)), np.arange(len(user)), N_ITEMS)
+    split = leave_one_out(world)
+    table = evaluate_ranker(FixedScores(np.zeros((90, N_ITEMS), dtype=np.float32)), world, split, ks=(10,))
+    hit = np.concatenate([np.arange(30) < share * 30 for share in hit_rate]).astype(np.float64)
+    return world, split, table.with_columns({"ndcg@10": hit})
+
+
+def test_a_planted_gap_between_activity_groups_is_found_with_its_worst_group_and_averaged_over_seeds():
+    world, split, first = served_by_activity((0.1, 0.4, 0.8))
+    second = served_by_activity((0.3, 0.4, 0.6))[2]
+    even = served_by_activity((0.4, 0.4, 0.4))[2]
+    found = user_groups({"uneven": [first, second], "even": [even]}, world, split, "ndcg@10", seed=0)
+    assert list(found) == ["activity", "head share"]
+    uneven = found["activity"]["uneven"]
+    assert {name: row["value"] for name, row in uneven["groups"].items()} == pytest.approx(
+        {"q1": 0.2, "q2": 0.4, "q3": 0.7}
+    )
+    assert {name: row["n"] for name, row in uneven["groups"].items()} == {"q1": 30, "q2": 30, "q3": 30}
+    assert uneven["worst"] == {"group": "q1", "value": pytest.approx(0.2)}
+    low, high = uneven["gap"]["ci95"]
+    assert uneven["gap"]["value"] == pytest.approx(0.5)
+    assert 0.2 < low < 0.5 < high < 0.8
+    # Resampled groups are always apart; the shift lets the interval of an even row reach 0.
+    assert found["activity"]["even"]["gap"]["value"] == pytest.approx(0.0)
+    assert found["activity"]["even"]["gap"]["ci95"][0] == 0.0
+    sizes = {name: row["n"] for name, row in found["head share"]["even"]["groups"].items()}
+    assert sizes == {"niche": 18, "balanced": 54, "mainstream": 18}
+
+
+def test_groups_are_made_from_training_events_only():
+    world, split, table = served_by_activity((0.1, 0.4, 0.8))
+    before = user_groups({"row": [table]}, world, split, "ndcg@10", seed=0)
+    item = world.interactions.item.copy()
+    item[~split.train] = stream(2, "others").integers(N_ITEMS, size=int((~split.train).sum()))
+    seen = np.bincount(world.interactions.item[split.train], minlength=N_ITEMS) > 0
+    item[~split.train] = np.where(seen[item[~split.train]], item[~split.train], world.interactions.item[~split.train])
+    other = replace(world, interactions=replace(world.interactions, item=item))
+    assert user_groups({"row": [table]}, other, split, "ndcg@10", seed=0) == before
+
+
+@pytest.fixture(scope="module")
+def popular_half(tmp_path_factory):
+    """Histories are half "common", half "rare"; the 12 common items are the popular ones, so `pop` lists only them."""
+    generator = stream(3, "halves")
+    user = np.repeat(np.arange(60), 9)
+    item = np.empty(len(user), dtype=np.int64)
+    for start in range(0, len(user), 9):
+        item[start : start + 9 : 2] = generator.choice(12, size=5, replace=False)
+        item[start + 1 : start + 9 : 2] = 12 + generator.choice(120, size=4, replace=False)
+    categories = [("common",) if index < 12 else ("rare",) for index in range(132)]
+    world = log_dataset(user, item, np.arange(len(user)), 132, categories=categories)
+    out = tmp_path_factory.mktemp("halves") / "run"
+    return out, recollect.evaluate(world, models=("pop", "markov"), core=0, mask="none", out=out)
+
+
+def test_categories_that_a_popular_list_lacks_are_measured_by_their_closed_form(popular_half):
+    _, report = popular_half
+    found = report.sections["models"]["pop"]
+    # p = (1/2, 1/2), q = (1, 0), smoothed by 1 %.
+    kl = 0.5 * np.log(0.5 / 0.995) + 0.5 * np.log(0.5 / 0.005)
+    js = 0.5 * np.log2(1 / 0.75) + 0.5 * (0.5 * np.log2(0.5 / 0.75) + 0.5 * np.log2(0.5 / 0.25))
+    assert found["calibration_kl@10:category"]["value"] == pytest.approx(kl, abs=1e-9)
+    assert found["calibration_js@10:category"]["value"] == pytest.approx(js, abs=1e-9)
+    assert found["mrmc@10:category"]["value"] == pytest.approx(kl / np.log(100), abs=1e-9)
+    assert found["calibration_kl@10:category"]["ci95"] == pytest.approx([kl, kl], abs=1e-9)
+
+
+def test_page_and_json_hold_both_tables_and_exposure_with_intervals(popular_half):
+    out, report = popular_half
+    stored = json.loads((out / "report.json").read_text())
+    assert set(stored["user_groups"]) == {"activity", "head share"}
+    assert set(stored["user_groups"]["activity"]["pop"]) >= {"groups", "gap", "worst", "ratio", "n_ungrouped"}
+    panels = {panel["title"]: panel for panel in report.sections["panels"]}
+    by_group = panels["NDCG@10 by group of users"]
+    assert [row[:2] for row in by_group["rows"]] == [
+        [partition, label] for partition in ("activity", "head share") for label in ("pop", "markov")
+    ]
+    assert "niche 12, balanced 36, mainstream 12" in by_group["note"]
+    assert "Are the categories of a list those of the history?" in panels
+    # Everybody is shown the same ten items, in every resample.
+    shown = report.sections["models"]["pop"]["coverage@10"]
+    assert shown["ci95"] == pytest.approx([shown["value"]] * 2)
+    page = (out / "report.html").read_text()
+    assert "NDCG@10 by group of users" in page
+    assert "Are the categories of a list those of the history?" in page
+
+
+def test_intervals_of_coverage_and_gini_hold_the_expected_values_which_raw_draws_of_users_do_not():
+    n_users, k, per_place, repetitions = 200, 5, 40, 100
+    share = 1 / np.arange(1, per_place + 1)
+    share /= share.sum()
+    expected = 1 - ((1 - share) ** n_users).mean()  # of the share of items shown; the places show different items
+    candidate = np.ones(k * per_place, dtype=bool)
+    generator = stream(5, "exposure")
+    found = []
+    for repetition in range(repetitions):
+        lists = generator.choice(per_place, size=(n_users, k), p=share) + per_place * np.arange(k)
+        found.append(exposure_intervals(lists, np.arange(n_users), candidate, resamples=200, seed=repetition))
+        assert found[-1]["coverage"].n == n_users
+    for name, truth in (("coverage", expected), ("gini", np.mean([one["gini"].value for one in found]))):
+        held = np.mean([one[name].low <= truth <= one[name].high for one in found])
+        assert held >= 0.85, (name, held)
+    assert np.mean([one["coverage"].value for one in found]) == pytest.approx(expected, abs=0.01)
+    # Without the shift, a resample of the last sample shows far fewer items than the sample itself.
+    drawn = [len(np.unique(lists[generator.integers(n_users, size=n_users)])) / len(candidate) for _ in range(100)]
+    assert np.mean(np.array(drawn) < found[-1]["coverage"].value) > 0.97
+
+
+def test_the_interval_of_dgap_over_seeds_is_that_of_the_mean_list_not_of_each_seed():
+    world = random_world(31, n_users=80)
+    split = leave_one_out(world)
+    table = evaluate_ranker(FixedScores(np.zeros((80, world.n_items), dtype=np.float32)), world, split, ks=(10,))
+    noise = stream(6, "noise").normal(size=80)
+    profile = np.full(80, 4.0)
+    seeds = [table.with_columns({"arp@10": 6.0 + sign * noise, "gap_profile": profile}) for sign in (1, -1)]
+    lifts = [popularity_lift(run.user, run.column("arp@10"), profile, 500, 0) for run in seeds]
+    totals = [
+        {
+            "dgap@10": {"value": lift.value, "ci95": [lift.low, lift.high], "n": 80},
+            "coverage@10": {"value": shown, "ci95": [shown - 0.1, shown + 0.1], "n": 80},
+        }
+        for lift, shown in zip(lifts, (0.2, 0.4), strict=True)
+    ]
+
+    def compared(chosen):
+        return compare_models(
+            {"row": [seeds[index] for index in chosen]},
+            metrics=["arp@10"],
+            totals={"row": [totals[index] for index in chosen]},
+            resamples=500,
+            permutations=10,
+        ).models["row"]
+
+    one = compared([0])["dgap@10"]
+    assert one["ci95"] == pytest.approx([lifts[0].low, lifts[0].high])
+    assert one["ci95"][1] - one["ci95"][0] > 0.05
+    # The noise of the two seeds cancels user by user: every resample has a lift of exactly 6 / 4 - 1.
+    both = compared([0, 1])
+    assert both["dgap@10"]["value"] == pytest.approx(0.5)
+    assert both["dgap@10"]["ci95"] == pytest.approx([0.5, 0.5])
+    assert (both["dgap@10"]["n_seeds"], both["dgap@10"]["sd"] > 0) == (2, True)
+    assert compared([0, 0])["dgap@10"]["ci95"] == pytest.approx(one["ci95"])
+    assert both["coverage@10"]["ci95"] == pytest.approx([0.2, 0.4])
+    per_user = bootstrap_table({"arp": seeds[0].column("arp@10") / 4 - 1}, seeds[0].user, n=500, seed=0)["arp"]
+    assert one["ci95"] == pytest.approx(per_user["ci95"])
