@@ -9,7 +9,7 @@ import pytest
 # Child processes and torch each spin on every core they may use; several at once are slower than one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts background jobs deaf to SIGINT, and their children inherit it; the tests that interrupt a child need ears.
+# A shell starts background jobs deaf to SIGINT, and their children inherit it; interrupted children need ears.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
