@@ -10,7 +10,7 @@ from support.killed_runs import REPOSITORY, Child
 
 import recollect
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_simulation_whose_server_is_killed_and_comes_back_ends_as_an_undisturb
     os.killpg(int((Path(state) / "pid").read_text()), signal.SIGKILL)
     before = len(disturbed.recorded())
     subprocess.run([str(REPOSITORY / ".ci" / "vllm_server.sh"), "start", state, model, port, name], check=True)
-    running.wait(timeout=600)
+    running.wait(timeout=1500)
     if running.returncode != 0:
         assert running.returncode == 75, "a server that stayed away leaves a run that --resume finishes"
         disturbed.finish()
