@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from recollect.errors import RecollectError
     from recollect.recommenders.evaluate import evaluate
     from recollect.recommenders.prompt_rank import prompt_rank
+    from recollect.tokenize.bench import tokenize_bench
     from recollect.types import Catalog, Dataset, Interactions, Ranker, Report, Split, Users
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOME = {
     "evaluate": "recollect.recommenders.evaluate",
     "prompt_rank": "recollect.recommenders.prompt_rank",
     "simulate": "recollect.agents.simulate",
+    "tokenize_bench": "recollect.tokenize.bench",
     "open_backbone": "recollect.backbones.resolve",
     "open_embedder": "recollect.backbones.resolve",
     "describe": "recollect.data",
@@ -59,12 +61,13 @@ __all__ = [
     "open_embedder",
     "prompt_rank",
     "simulate",
+    "tokenize_bench",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "distill":  # a package that can be called: its name hides the function of that name
-        return importlib.import_module("recollect.distill")
+    if name in ("distill", "tokenize"):  # packages that can be called: a name hides the function of that name
+        return importlib.import_module(f"recollect.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'recollect' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -106,3 +106,7 @@ class StorageRefused(RecollectError):
 
 class TrainingDiverged(RecollectError):
     """A loss or a weight became NaN or infinite; nothing later in the run could be trusted."""
+
+
+class BaselineFailed(RecollectError):
+    """What others are compared with does not do what it must do by construction; no comparison is reported."""

@@ -4,17 +4,22 @@ A file appears whole or not at all: temporary file in the same folder, fsync, re
 The disk's refusal (full, read-only, quota) becomes `StorageRefused`, exit code 74.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from recollect.errors import InputError, StorageRefused
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG})
@@ -102,6 +107,24 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} does not exist") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def tensor_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Arrays as the content of a safetensors file.
+
+    Views with strides are copied first: the format stores memory as it lies and would read them back scrambled.
+    """
+    import numpy as np
+    from safetensors.numpy import save
+
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(whole, metadata=None if metadata is None else dict(metadata))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays atomically as a safetensors file (see `tensor_bytes`)."""
+    with atomic_open(path, "wb") as handle:
+        handle.write(tensor_bytes(arrays, metadata))
 
 
 def canonical_json(value: Any) -> str:

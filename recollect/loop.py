@@ -124,6 +124,8 @@ def train(
     parameters: Iterable[nn.Parameter] | None = None,
     size: Callable[[Batch], int] = len,  # type: ignore[assignment]
     identity: Mapping[str, Any] | None = None,
+    before_step: Callable[[torch.optim.Optimizer], None] | None = None,
+    after_step: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> LoopResult:
     """Train `module` in place and leave it with its best weights (the last ones without validation), in eval mode.
 
@@ -142,6 +144,9 @@ def train(
         size: samples in a batch, for the samples per second.
         identity: JSON values that with `config` tell this run from others (model options, fingerprint of the data); a
             checkpoint of another identity is refused.
+        before_step: called with the optimiser when the gradients of a step are complete, before they are clipped.
+        after_step: called with the optimiser right after its step; what it keeps between steps must be in buffers of
+            the module, or a resumed run differs from an uninterrupted one.
 
     Raises:
         ConfigError: nothing to train on, or no parameter to train.
@@ -204,6 +209,8 @@ def train(
                         f"batch {window[0] + 1} of {len(epoch_batches)}); lower the learning rate "
                         f"({config.learning_rate:g}), set clip_norm, or use fp32"
                     )
+                if before_step is not None:
+                    before_step(optimizer)
                 if config.clip_norm is not None:
                     accelerator.clip_grad_norm_(list(trained.values()), config.clip_norm)
                 reached = (position.epoch + window[0] / len(epoch_batches)) / config.epochs
@@ -211,6 +218,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
+                if after_step is not None:
+                    after_step(optimizer)
                 position.step += 1
                 position.batch = window[-1] + 1
                 position.loss_sum += mean * len(window)

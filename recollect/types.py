@@ -1,4 +1,4 @@
-"""The shared nouns: interaction log, catalogue, users, data set, split, ranker, report.
+"""The shared nouns: interaction log, catalogue, users, data set, split, semantic IDs, ranker, report.
 
 Columnar numpy arrays, read-only; ids are dense integers inside and strings outside. Nothing here knows a
 file format or a model.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -159,6 +160,73 @@ class Split:
                 object.__setattr__(self, end, getattr(self, row) + 1)
         for name in ("train", "valid_row", "test_row", "valid_end", "test_end"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
+
+
+@dataclass(frozen=True)
+class SemanticIDs:
+    """The semantic ID of every item: row i is item i's tuple of codes, coarsest level first.
+
+    item_ids: (N,) object array of distinct str.  codes: (N, L) int32, read-only, level l in 0..codebook_sizes[l]-1; -1
+    where an item has no digit (at the end of a row only: a collision digit that unique items do without).
+    codebook_sizes: K_0..K_{L-1}, a collision digit included. Several items may share one ID.
+    """
+
+    item_ids: np.ndarray
+    codes: np.ndarray
+    codebook_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        codes = np.ascontiguousarray(self.codes)
+        if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
+            raise DataError(f"codes must be integers of shape (items, levels), got {codes.dtype} {codes.shape}")
+        if len(self.item_ids) != len(codes):
+            raise DataError(f"{len(self.item_ids)} item ids where there are {len(codes)} rows of codes")
+        if codes.shape[1] != len(self.codebook_sizes) or not codes.shape[1]:
+            raise DataError(f"codes have {codes.shape[1]} levels where there are {len(self.codebook_sizes)} codebooks")
+        for level, size in enumerate(self.codebook_sizes):
+            column = codes[:, level]
+            wrong = np.flatnonzero((column < -1) | (column >= size))
+            if len(wrong):
+                row = int(wrong[0])
+                raise DataError(
+                    f"item {self.item_ids[row]!r} has code {int(column[row])} at level {level}; allowed: 0..{size - 1}"
+                )
+        gap = (codes[:, :-1] < 0) & (codes[:, 1:] >= 0)
+        wrong = np.flatnonzero(gap.any(axis=1) | (codes[:, 0] < 0))
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(f"item {self.item_ids[row]!r} has codes {codes[row].tolist()}; -1 may only end a row")
+        object.__setattr__(self, "codes", _frozen(codes.astype(np.int32, copy=False)))
+        object.__setattr__(self, "codebook_sizes", tuple(int(size) for size in self.codebook_sizes))
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def n_levels(self) -> int:
+        """L."""
+        return len(self.codebook_sizes)
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        rows = {item: row for row, item in enumerate(self.item_ids.tolist())}
+        if len(rows) != len(self.item_ids):
+            raise DataError("item ids are not distinct; give every item its own id")
+        return rows
+
+    def rows_of(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Row (n,) int64 of each id.
+
+        Raises:
+            DataError: an id that has no row, or ids that are not distinct in the table itself.
+        """
+        unknown = [item for item in item_ids if item not in self._row_of]
+        if unknown:
+            raise DataError(
+                f"item {unknown[0]!r} has no semantic ID ({len(unknown)} of {len(item_ids)} asked are unknown); "
+                "add new items with `extend`"
+            )
+        return np.fromiter((self._row_of[item] for item in item_ids), dtype=np.int64, count=len(item_ids))
 
 
 @runtime_checkable

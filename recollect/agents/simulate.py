@@ -31,7 +31,7 @@ from recollect.backbones.journaled import Journaled, Replay
 from recollect.backbones.protocol import Backbone
 from recollect.backbones.resolve import parse_model_name
 from recollect.config import build, run_manifest, to_dict
-from recollect.data import fingerprint, load_dataset
+from recollect.data import fingerprint, load_dataset, text_fingerprint
 from recollect.errors import InputError, ReplayMismatch, TooManyFailures
 from recollect.eval.report import rebuild
 from recollect.io import prepare_out, read_json, sha256_text, write_json
@@ -141,7 +141,7 @@ def _run(
             {"backbone": backbone.fingerprint, "embedder": embedder.fingerprint},
             config.seed,
         )
-        manifest["templates"] = identity["templates"]
+        manifest |= {"templates": identity["templates"], "text_fingerprint": identity["item_texts"]}
         manifest["control_tokens"] = list(backbone.control_tokens)
         write_json(out / "run.json", manifest)
         model = Journaled(backbone, journal, embedder=embedder, batch_size=config.batch_size)
@@ -160,6 +160,7 @@ def run_identity(config: SimulateConfig, dataset: Dataset, backbone: Any, embedd
     return {
         "options": config.identity(),
         "data": fingerprint(dataset),
+        "item_texts": text_fingerprint(dataset),
         "backbone": backbone.fingerprint,
         "embedder": embedder.fingerprint,
         "templates": template_versions(),
@@ -370,6 +371,11 @@ def replay(folder: str | Path, *, progress: Progress | None = None, dataset: Dat
                 report = _report(config, dataset, plan, agents, journal, model, manifest)
             finally:
                 journal.close()
+        if manifest.get("text_fingerprint") not in (None, text_fingerprint(dataset)):
+            report.warnings.append(
+                "the catalogue says other things of its items than it did (titles, categories or texts), though "
+                "nothing that this run asked or decided depends on the difference"
+            )
         report.ledger = recorded.ledger()
         return report
     finally:

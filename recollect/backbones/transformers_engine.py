@@ -14,6 +14,7 @@ Not covered: encoder-decoder models, recurrent layers, several GPUs.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -323,16 +324,40 @@ def load_causal_model(folder: Path, adapter: str | Path | None, dtype: Dtype) ->
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=load_dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
             )
-            if adapter is not None:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ModelFileError(f"the model in {folder} cannot be loaded: {str(error)[:500]}") from error
+    if adapter is not None:
+        model = _merged(model, Path(adapter), folder).to(getattr(torch, dtype))
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelFileError(f"tensor {name!r} of {folder} is not finite; the weights are damaged")
     return model.eval().requires_grad_(False)
+
+
+def _merged(model: PreTrainedModel, adapter: Path, folder: Path) -> PreTrainedModel:
+    """The model of `folder` with an adapter in its weights.
+
+    Raises:
+        ModelFileError: the adapter is of another base model; PEFT itself would leave out the layers that do not match.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    own = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    other = f"the adapter in {adapter} does not fit the model in {folder}; it was trained on {own!r}"
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            held = set(file.keys())
+        with quiet_loading(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of what is refused below
+            adapted = PeftModel.from_pretrained(model, str(adapter))
+            wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ModelFileError(f"{other}: {str(error)[:300]}") from error
+    lacking = sorted(wanted - held) or sorted(name for name in held - wanted if "lora_" in name)
+    if lacking:
+        raise ModelFileError(f"{other}: {lacking[0]!r} is in one of the two only")
+    return adapted.merge_and_unload()
 
 
 def check_adapter(adapter: Path) -> dict[str, str]:

@@ -34,6 +34,8 @@ COMMANDS = {
     "simulate": "simulate users of a log and check them against what the real users did",
     "evaluate": "fit recommenders and compare them on held-out events",
     "distill": "let a language model and a conventional recommender teach each other",
+    "tokenize": "turn items into semantic IDs: short tuples of codes",
+    "tokenize-bench": "compare tokenizers of items on one catalogue",
     "prompt-rank": "rank candidates by prompting, and measure accuracy and popularity bias",
     "data": "list, describe, import and fetch data sets",
     "models": "list, pull and serve the embedded models",
@@ -52,6 +54,7 @@ exit codes: 0 done, 2 bad input, 1 internal failure, 130 interrupted, 143 termin
 """
 
 INTERRUPTED, TERMINATED, DISK_REFUSED, SERVER_AWAY = 130, 143, 74, 75
+RUNS = ("simulate", "evaluate", "distill", "tokenize", "tokenize-bench", "prompt-rank")
 RESUMABLE = (INTERRUPTED, TERMINATED, DISK_REFUSED, SERVER_AWAY)
 
 
@@ -133,7 +136,7 @@ def _fail(message: str, code: int) -> int:
 
 def _how_to_continue(code: int, arguments: argparse.Namespace) -> str:
     out = getattr(arguments, "out", None)
-    is_run = getattr(arguments, "command", "") in ("simulate", "evaluate", "distill", "prompt-rank")
+    is_run = getattr(arguments, "command", "") in RUNS
     if code not in RESUMABLE or not is_run or not out or not Path(out).is_dir():
         return ""
     return f"; to continue: the same command with --resume --out {out}"

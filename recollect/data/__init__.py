@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recollect.data.description import describe
     from recollect.data.filters import deduplicate, drop_consecutive_repeats, k_core, min_counts, subset
-    from recollect.data.fingerprints import fingerprint
+    from recollect.data.fingerprints import fingerprint, text_fingerprint
     from recollect.data.folder import read_folder, write_folder
     from recollect.data.harbor import HarborConfig, Truth, World, build_harbor, world_of
     from recollect.data.published import agentcf_candidates
@@ -38,6 +38,7 @@ _HOME = {
     "min_counts": "filters",
     "subset": "filters",
     "fingerprint": "fingerprints",
+    "text_fingerprint": "fingerprints",
     "read_folder": "folder",
     "write_folder": "folder",
     "HarborConfig": "harbor",
@@ -92,6 +93,7 @@ __all__ = [
     "refit_mask",
     "registered",
     "subset",
+    "text_fingerprint",
     "tie_shuffle",
     "tied_event_share",
     "tied_target_share",

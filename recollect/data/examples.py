@@ -24,12 +24,14 @@ class Sequences:
 
     items: (E,) int64 in 0..n_items-1.  starts: (S + 1,) int64; sequence s is items[starts[s]:starts[s + 1]].
     user: (S,) int64, whose sequence it is; users without an event have none.  n_items: size of the catalogue.
+    time: (E,) int64 of each item, as in the log; None where nobody asked for it.
     """
 
     items: np.ndarray
     starts: np.ndarray
     user: np.ndarray
     n_items: int
+    time: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -49,7 +51,8 @@ class Cases:
     """Held-out cases: who, what came before, what is to be predicted; bounds are rows of the sorted log.
 
     item: (N,) int64, the log's item column.  user: (C,) int64.  start, end: (C,) the history's rows [start, end).
-    first, last: (C,) the target rows [first, last).  part, history: how they were made.
+    first, last: (C,) the target rows [first, last).  part, history: how they were made.  time: (N,) int64, the log's;
+    None in cases without times.
     """
 
     item: np.ndarray
@@ -60,6 +63,7 @@ class Cases:
     last: np.ndarray
     part: Part
     history: History
+    time: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.user)
@@ -68,6 +72,17 @@ class Cases:
         """The history (T,) of each chosen case, oldest first."""
         bounds = zip(self.start[index], self.end[index], strict=True)
         return [self.item[begin:stop] for begin, stop in bounds]
+
+    def times(self, index: np.ndarray | slice = slice(None)) -> list[np.ndarray]:
+        """When each event of `histories` was, (T,) each; nothing of the target.
+
+        Raises:
+            DataError: these cases hold no times.
+        """
+        if self.time is None:
+            raise DataError("these cases hold no times, which the model reads")
+        bounds = zip(self.start[index], self.end[index], strict=True)
+        return [self.time[begin:stop] for begin, stop in bounds]
 
     def targets(self, index: np.ndarray | slice = slice(None)) -> list[np.ndarray]:
         """The target items (m,) of each chosen case, m >= 1."""
@@ -116,7 +131,8 @@ def training_sequences(dataset: Dataset, rows: np.ndarray | None = None) -> Sequ
         raise DataError(f"no training interaction is left of {dataset.name!r}; check the split")
     counts = np.bincount(log.user[rows], minlength=dataset.n_users)
     user = np.flatnonzero(counts)
-    return Sequences(log.item[rows], np.r_[0, np.cumsum(counts[user])].astype(np.int64), user, dataset.n_items)
+    starts = np.r_[0, np.cumsum(counts[user])].astype(np.int64)
+    return Sequences(log.item[rows], starts, user, dataset.n_items, log.time[rows])
 
 
 def held_out_cases(dataset: Dataset, split: Split, part: Part = "test", history: History = "train+val") -> Cases:
@@ -125,4 +141,4 @@ def held_out_cases(dataset: Dataset, split: Split, part: Part = "test", history:
     first, last = (split.test_row, split.test_end) if part == "test" else (split.valid_row, split.valid_end)
     assert last is not None  # Split fills it
     log = dataset.interactions
-    return Cases(log.item, log.user[first], start, end, first, last, part, history)
+    return Cases(log.item, log.user[first], start, end, first, last, part, history, log.time)

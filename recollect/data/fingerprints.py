@@ -4,6 +4,8 @@ SHA-256 of the lines `user_id TAB item_id TAB timestamp LF`, sorted by (user_id,
 timestamp as a number; in ids, backslash, tab and line feed are written as \\\\, \\t and \\n.  Where filters were
 applied, one more line follows: `rules TAB` and the JSON list of their names.  Row order, titles and dense ids
 do not matter.
+
+What is said of the items has a fingerprint of its own, for runs whose models read it.
 """
 
 from __future__ import annotations
@@ -43,6 +45,29 @@ def fingerprint(dataset: Dataset) -> str:
     rules = dataset.meta.get("rules") or []
     if rules:
         digest.update(f"rules\t{canonical_json(list(rules))}\n".encode())
+    return digest.hexdigest()
+
+
+def text_fingerprint(dataset: Dataset) -> str:
+    """Hex SHA-256 of everything said of the items: titles, domains, categories, texts and further columns.
+
+    Of the lines `[item_id, title, domain, [categories], text, {further columns}]`, canonical JSON, by item id; neither
+    users nor events are part of it.
+    """
+    catalog = dataset.catalog
+    columns = sorted(catalog.extra)
+    encoded = [value.encode("utf-8", "surrogatepass") for value in catalog.item_ids.tolist()]
+    digest = hashlib.sha256()
+    for at in sorted(range(len(encoded)), key=encoded.__getitem__):
+        line = [
+            catalog.item_ids[at],
+            catalog.titles[at],
+            dataset.domains[int(catalog.domain[at])],
+            list(catalog.categories[at]),
+            catalog.texts[at],
+            {name: str(catalog.extra[name][at]) for name in columns},
+        ]
+        digest.update(canonical_json(line).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
 

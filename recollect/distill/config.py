@@ -214,6 +214,11 @@ class DistillConfig:
         return tuple(range(self.seed, self.seed + self.seeds))
 
     @property
+    def reads_text(self) -> bool:
+        """Some model of the run reads what is said of the items."""
+        return self.text is not None or self.semantic_init is not None
+
+    @property
     def primary_metric(self) -> str:
         """What models are chosen (on validation) and compared by."""
         return f"ndcg@{max((cut for cut in self.k if cut <= 10), default=min(self.k))}"

@@ -116,6 +116,8 @@ class Crm:
             raise ConfigError(
                 f"{recommender.name!r} does not predict every position of a history; use sasrec or gru4rec"
             )
+        if getattr(recommender, "reads_times", False):
+            raise ConfigError(f"{recommender.name!r} reads the times of events, which a distillation does not pass on")
         self.recommender = recommender
 
     @property

@@ -19,18 +19,19 @@ import numpy as np
 
 from recollect.config import build, run_manifest, to_dict
 from recollect.data.examples import training_sequences
+from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
 from recollect.distill.ensemble import EnsembleScores
 from recollect.distill.methods import IN_ROUNDS, Row, run_method
 from recollect.distill.report import make_report
 from recollect.distill.results import SeedResults
-from recollect.distill.stages import Stage, Stages, read_columns, write_columns
+from recollect.distill.stages import Stage, Stages, read_columns
 from recollect.distill.workshop import Workshop
 from recollect.errors import InputError, ResumeRefused
 from recollect.eval.case_table import CaseTable
 from recollect.eval.list_metrics import list_totals
 from recollect.eval.ranking import evaluate_ranker
-from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_json, write_text
+from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_arrays, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.llm_module import base_folder, require_layers
@@ -125,6 +126,8 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
     loose = {"method", "compare", "seeds", "out", "resume", "overwrite", "dry_run"}
     identity = {name: value for name, value in to_dict(config).items() if name not in loose}
     identity |= {"split": split.rule, "data_fingerprint": dataset.meta["fingerprint"]}
+    if config.reads_text:
+        identity["text_fingerprint"] = text_fingerprint(dataset)
     path = out / "run.json"
     if config.overwrite:
         shutil.rmtree(out / "stages", ignore_errors=True)
@@ -140,7 +143,7 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
                 )
     models = {"student": config.student, "teacher": config.teacher}
     manifest = run_manifest("distill", to_dict(config), dataset.meta["fingerprint"], models, config.seed)
-    manifest["identity"] = identity
+    manifest |= {"identity": identity, "text_fingerprint": text_fingerprint(dataset)}
     write_json(path, manifest)
     return manifest
 
@@ -221,7 +224,7 @@ def _evaluated(shop: Workshop, name: str, folder: Path, seed: int, load: Any) ->
             progress=shop.progress,
         )
         totals = list_totals(table, shop.dataset, shop.split, resamples=0)
-        write_columns(columns_file, table.metrics)
+        write_arrays(columns_file, table.metrics)
         facts = {"protocol": dict(table.protocol), "totals": {key: totals[key] for key in CHECKED_TOTALS}}
         write_json(facts_file, facts)
     facts = read_json(facts_file)

@@ -18,7 +18,7 @@ import torch
 
 from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.errors import InputError
-from recollect.io import atomic_open, canonical_json, read_json, sha256_text, write_json
+from recollect.io import canonical_json, read_json, sha256_text, write_json
 from recollect.recommenders.llm_sequential import LlmSequential
 from recollect.recommenders.models import MODELS
 
@@ -91,16 +91,8 @@ class Stages:
         return Stage(key, folder, full, info)
 
 
-def write_columns(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Arrays as safetensors, atomically."""
-    from safetensors.numpy import save
-
-    with atomic_open(path, "wb") as handle:
-        handle.write(save({name: np.ascontiguousarray(column) for name, column in columns.items()}))
-
-
 def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """Inverse of `write_columns`.
+    """Inverse of `recollect.io.write_arrays`.
 
     Raises:
         InputError: the file cannot be read.

@@ -23,8 +23,9 @@ from recollect.distill.learners import Crm, Llm, ranks_of, wrap
 from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.rounds import CrossfitRanks, RankSource, Strength, half_loop, train_half, weight_statistics
 from recollect.distill.samples import training_samples
-from recollect.distill.stages import Stage, Stages, read_columns, write_columns
+from recollect.distill.stages import Stage, Stages, read_columns
 from recollect.eval.statistics import cluster_codes
+from recollect.io import write_arrays
 from recollect.loop import LoopResult
 from recollect.progress import Progress
 from recollect.recommenders.llm_sequential import LlmConfig, LlmSequential
@@ -295,7 +296,7 @@ class Workshop:
                 column = np.full(len(self.sequences.items), np.nan, dtype=np.float32)
                 column[samples.position] = crossfit_ranks(fold, fit, rank)
                 columns[name] = column
-            write_columns(work.parent / "ranks.safetensors", columns)
+            write_arrays(work.parent / "ranks.safetensors", columns)
             medians = {name: float(np.nanmedian(column)) for name, column in columns.items()}
             return None, {**medians, "seconds": round(sum(seconds), 3)}
 

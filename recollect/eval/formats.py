@@ -19,6 +19,8 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[
 _LOWER_IS_BETTER = frozenset(
     {"mae", "rmse", "w1", "tv", "js", "ks", "ece", "kl", "logloss", "log_loss", "brier", "gap", "distance"}
     | {"bias_spread", "flip_rate", "mrmc", "tokens_per_user", "seconds_per_user"}
+    | {"relative_mse", "collision_rate", "items_in_collision", "max_group", "tokens_per_item", "fit_seconds"}
+    | {"peak_mb"}
 )
 
 # Best near zero, one or a half, or a property of the data: no direction is the better one.
@@ -37,6 +39,17 @@ _LABELS = {
     "rating/rmse": "Rating RMSE",
     "rating/w1": "Rating W1",
     "taste/balanced_accuracy": "Taste balanced accuracy",
+    "reconstruction/relative_mse": "Relative squared error",
+    "reconstruction/rmse": "RMSE",
+    "reconstruction/cosine": "Cosine",
+    "knn_overlap@10": "kNN overlap@10",
+    "collision_rate": "Collision rate",
+    "items_in_collision": "Items in collision",
+    "unique_rate": "Different codes / items",
+    "max_group": "Largest group",
+    "icr": "ICR",
+    "alignment/lift": "Behaviour lift",
+    "tokens_per_item": "Tokens per item",
 }
 
 

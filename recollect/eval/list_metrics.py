@@ -1,8 +1,8 @@
 """What the recommended lists are like beside being right: coverage, evenness, popularity, calibration, variety.
 
 Per-case columns join the `CaseTable`, and with it the intervals and paired tests. What only the lists of all users
-together have comes as one value: coverage and Gini with an interval of shifted draws, because a bootstrap of users sees
-fewer items by construction; entropy and group exposure without.
+together have (coverage, Gini, entropy, exposure of groups) comes as one value with an interval; that of the first three
+is of shifted draws, because a bootstrap of users sees fewer items by construction.
 
 Names: "coverage@10", "tail_share@10:items20", "mrmc@10:head/tail": the cut-off, then the convention.
 Source: recsys_evaluation 5.
@@ -11,7 +11,8 @@ Source: recsys_evaluation 5.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,21 +24,28 @@ from recollect.eval.class_calibration import calibration_columns
 from recollect.eval.popularity import (
     HEAD_RULES,
     average_popularity,
-    exposure_by_group,
+    exposure_counts,
     head_items,
     list_means,
     log_popularity_difference,
-    long_tail_coverage,
+    probabilities,
     profile_means,
-    relative_spread,
     tail_columns,
 )
-from recollect.eval.statistics import Interval, bootstrap_histogram, bootstrap_ratios, cluster_codes, entry
+from recollect.eval.statistics import (
+    Interval,
+    bootstrap_histogram,
+    bootstrap_ratios,
+    cluster_codes,
+    entry,
+    interval_of_draws,
+    resample_weights,
+)
 from recollect.eval.topk import NO_ITEM
 from recollect.types import Dataset, Split
 
 EXPOSURE_RESAMPLES = 2_000
-"""At most so many resamples for coverage and Gini: each one counts the lists of everybody again."""
+"""At most so many resamples for what all lists have together: each one counts the lists of everybody again."""
 
 
 def recommendation_counts(lists: np.ndarray, n_items: int) -> np.ndarray:
@@ -62,6 +70,10 @@ def _shares_shown(counts: np.ndarray) -> np.ndarray:
     return (counts > 0).mean(axis=-1)
 
 
+def _shares_shown_of(chosen: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return _shares_shown(counts[..., chosen])
+
+
 def _ginis(counts: np.ndarray) -> np.ndarray:
     n, total = counts.shape[-1], counts.sum(axis=-1)
     weighted = ((2 * np.arange(1, n + 1) - n - 1) * np.sort(counts, axis=-1)).sum(axis=-1)
@@ -70,8 +82,14 @@ def _ginis(counts: np.ndarray) -> np.ndarray:
 
 def entropy(counts: np.ndarray) -> float:
     """Shannon entropy in nats of the shares of counts (n,); NaN for no counts."""
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return float(-(share * np.log(share)).sum()) if len(share) else math.nan
+    return float(_entropies(counts))
+
+
+def _entropies(counts: np.ndarray) -> np.ndarray:
+    total = counts.sum(axis=-1, keepdims=True)
+    share = counts / np.maximum(total, 1)
+    found = -(share * np.log(np.where(share > 0, share, 1.0))).sum(axis=-1)
+    return np.where(total[..., 0] > 0, found, math.nan)
 
 
 def novelty(lists: np.ndarray, popularity: np.ndarray, n_train_users: int) -> np.ndarray:
@@ -171,57 +189,115 @@ def list_totals(
     """Report entries of what the lists of all users have together.
 
     Returns:
-        coverage@k, gini@k and dgap@k (GAP of the lists over GAP of the profiles, minus 1) with an interval over users;
-        entropy@k (nats), entropy_share@k (of ln n), ltc@k:RULE, rsp@k:RULE, reo@k:RULE with null bounds.
+        coverage@k, gini@k, entropy@k (nats), entropy_share@k (of ln n), dgap@k (GAP of the lists over GAP of the
+        profiles, minus 1), ltc@k:RULE, rsp@k:RULE and reo@k:RULE, each with an interval over users; bounds are null
+        where nothing can be resampled (one user) or the value is undefined.
     """
     cases, lists = cases_of(table, dataset, split), table.top(k)
-    counts = recommendation_counts(lists, table.n_items)[table.candidate]
-    evenness = entropy(counts)
-    values = {
-        f"entropy@{k}": evenness,
-        f"entropy_share@{k}": evenness / math.log(len(counts)) if len(counts) > 1 else math.nan,
+    heads = {rule: head_items(table.popularity, rule, table.candidate) for rule in HEAD_RULES}
+    tails = {f":{rule}": table.candidate & ~head for rule, head in heads.items()}
+    exposure = exposure_intervals(lists, table.user, table.candidate, tails=tails, resamples=resamples, seed=seed)
+    entries = {
+        f"{name}@{k}{rest}": entry(interval)
+        for (name, rest), interval in ((_cut(name), interval) for name, interval in exposure.items())
     }
     target = np.concatenate(cases.targets())
     target_case = np.repeat(np.arange(len(cases)), cases.last - cases.first)
-    for rule in HEAD_RULES:
-        head = head_items(table.popularity, rule, table.candidate)
-        values[f"ltc@{k}:{rule}"] = long_tail_coverage(lists, table.candidate & ~head)
+    for rule, head in heads.items():
         group = np.where(table.candidate, np.where(head, 0, 1), -1)
-        values[f"rsp@{k}:{rule}"] = relative_spread(exposure_by_group(lists, cases, group))
-        relevant = exposure_by_group(lists, cases, group, target=target, target_case=target_case)
-        values[f"reo@{k}:{rule}"] = relative_spread(relevant)
-    exposure = exposure_intervals(lists, table.user, table.candidate, resamples=resamples, seed=seed)
-    entries = {f"{name}@{k}": entry(interval) for name, interval in exposure.items()}
-    entries |= {name: entry(Interval(value, math.nan, math.nan, len(table))) for name, value in values.items()}
+        shown = {
+            "rsp": exposure_counts(lists, cases, group),
+            "reo": exposure_counts(lists, cases, group, target=target, target_case=target_case),
+        }
+        for name, counts in shown.items():
+            interval = spread_interval(*counts, table.user, resamples=resamples, seed=seed)
+            entries[f"{name}@{k}:{rule}"] = entry(interval)
     profile = profile_means(cases, table.popularity.astype(np.float64))
     lift = popularity_lift(table.user, average_popularity(lists, table.popularity), profile, resamples, seed)
     return entries | {f"dgap@{k}": entry(lift)}
 
 
+def _cut(name: str) -> tuple[str, str]:
+    """ "ltc:items20" as ("ltc", ":items20"): the cut-off stands between."""
+    metric, colon, rule = name.partition(":")
+    return metric, colon + rule
+
+
 def exposure_intervals(
-    lists: np.ndarray, user: np.ndarray, candidate: np.ndarray, *, resamples: int = EXPOSURE_RESAMPLES, seed: int = 0
+    lists: np.ndarray,
+    user: np.ndarray,
+    candidate: np.ndarray,
+    *,
+    tails: Mapping[str, np.ndarray] | None = None,
+    resamples: int = EXPOSURE_RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, Interval]:
-    """{"coverage", "gini"} of lists (C, K) with intervals over users (C,), at most `EXPOSURE_RESAMPLES` of them.
+    """{"coverage", "gini", "entropy", "entropy_share", "ltc" + name: Interval} of lists (C, K), intervals over users.
 
     Args:
+        user: (C,).
         candidate: (n_items,) bool, the items that count.
+        tails: {name: (n_items,) bool} whose long-tail coverage is wanted.
+        resamples: at most `EXPOSURE_RESAMPLES` of them are made.
     """
     case, place = np.nonzero(lists != NO_ITEM)
     item = lists[case, place]
     counted = candidate[item]
     code = (np.cumsum(candidate) - 1)[item[counted]]
+    n_items = int(candidate.sum())
+    statistics: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "coverage": _shares_shown,
+        "gini": _ginis,
+        "entropy": _entropies,
+    }
+    for name, tail in (tails or {}).items():
+        if (tail & candidate).any():
+            statistics[f"ltc{name}"] = partial(_shares_shown_of, tail[candidate])
     found = bootstrap_histogram(
-        {"coverage": _shares_shown, "gini": _ginis},
-        code,
-        user[case[counted]],
-        int(candidate.sum()),
-        n=min(resamples, EXPOSURE_RESAMPLES),
-        seed=seed,
+        statistics, code, user[case[counted]], n_items, n=min(resamples, EXPOSURE_RESAMPLES), seed=seed
     )
-    return {  # shares: moved draws may not leave 0..1
-        name: Interval(value, low, float(np.minimum(high, 1.0)), len(lists))
+    highest = {"entropy": math.log(n_items) if n_items else math.nan}
+    result = {  # moved draws may not leave what the metric can be
+        name: Interval(value, low, float(np.minimum(high, highest.get(name, 1.0))), len(lists))
         for name, (value, low, high, _) in found.items()
     }
+    for name in tails or {}:
+        result.setdefault(f"ltc{name}", Interval(math.nan, math.nan, math.nan, len(lists)))
+    value, low, high, n = result["entropy"]
+    scale = 1 / math.log(n_items) if n_items > 1 else math.nan
+    return result | {"entropy_share": Interval(value * scale, low * scale, high * scale, n)}
+
+
+def spread_interval(
+    shown: np.ndarray, possible: np.ndarray, user: np.ndarray, *, resamples: int = EXPOSURE_RESAMPLES, seed: int = 0
+) -> Interval:
+    """RSP or REO of two groups from `exposure_counts` (C, 2), with an interval over users (C,).
+
+    Of two groups the spread is |p0 - p1| / (p0 + p1). The signed ratio is what is resampled, at most
+    `EXPOSURE_RESAMPLES` times, and its interval then folded at 0: two equal groups are apart in every resample.
+    """
+    codes, n_users = cluster_codes(user)
+    of_user = np.zeros((n_users, 2, 2))
+    np.add.at(of_user, codes, np.stack([shown, possible], axis=1))
+    signed = float(_signed_spreads(of_user.sum(axis=0)))
+    draws = [np.zeros(0)]
+    if n_users > 1 and math.isfinite(signed):
+        flat = of_user.reshape(n_users, 4)
+        for weights in resample_weights(n_users, min(resamples, EXPOSURE_RESAMPLES), seed):
+            draws.append(_signed_spreads((weights @ flat).reshape(-1, 2, 2)))
+    low, high = interval_of_draws(signed, np.concatenate(draws), n_users)[1:3]
+    if low < 0 < high:
+        return Interval(abs(signed), 0.0, max(-low, high), len(user))
+    low, high = sorted((abs(low), abs(high)))  # two NaN stay what they are
+    return Interval(abs(signed), low, high, len(user))
+
+
+def _signed_spreads(counts: np.ndarray) -> np.ndarray:
+    """(p0 - p1) / (p0 + p1) of counts (…, 2 shown and possible, 2 groups); NaN where undefined."""
+    first, second = np.moveaxis(probabilities(counts[..., 0, :], counts[..., 1, :]), -1, 0)
+    total = first + second
+    usable = total > 0  # a NaN is not
+    return np.where(usable, (first - second) / np.where(usable, total, 1.0), math.nan)
 
 
 def popularity_lift(

@@ -11,6 +11,7 @@ A panel is one object with `kind`, `title` and an optional `note`:
 | `lines` | `x`, `series` {name: [number]}, optional `low`, `high` (same keys), `x_label`, `y_label` |
 | `pareto` | `series` {name: {"x", "y", "labels"}}, curves each with its own points; `marks`, the same, single points |
 | | drawn in grey with their name beside; `x_label`, `y_label` |
+| `map` | `x`, `y`, `group` [int] per point, `labels` [{"x", "y", "text"}], optional `x_label`, `y_label` |
 | `samples` | `items` [{"title", "before", "after", "note"}] |
 | `text` | `text` |
 
@@ -107,6 +108,13 @@ def _view(panel: Mapping[str, Any], key: str) -> dict[str, Any]:
                 [one_line(name, 60), one_line(at, 20), number(x), number(y)]
                 for name, curve in {**curves, **marks}.items()
                 for x, y, at in zip(curve["x"], curve["y"], curve["labels"], strict=True)
+            ]
+        case "map":
+            points, axes = (panel["x"], panel["y"], panel["group"]), (panel.get("x_label"), panel.get("y_label"))
+            view["svg"] = plots.map_svg(*points, panel["labels"], axes[0] or "", axes[1] or "", key)
+            view["columns"] = ["", axes[0] or "x", axes[1] or "y"]
+            view["data"] = [
+                [one_line(place["text"], 60), number(place["x"]), number(place["y"])] for place in panel["labels"]
             ]
         case "samples":
             view["items"] = [_sample_view(item) for item in panel["items"]]

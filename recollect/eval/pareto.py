@@ -57,6 +57,12 @@ class PairedDraws:
         """(B,) means of values (U,)."""
         return self.weights @ values / self._n_users
 
+    def group_mean(self, values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """(B,) means of values (U,) over the drawn users of a group (U,) bool; NaN where a draw holds none."""
+        weights = self.weights[:, inside]
+        total = weights.sum(axis=1)
+        return np.where(total > 0, weights @ values[inside] / np.maximum(total, 1), np.nan)
+
     def coverage(self, lists: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """(B,) share of the counted items that some drawn user's list holds, shifted to be centred on the sample's.
 

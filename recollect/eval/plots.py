@@ -201,6 +201,40 @@ def pareto_svg(
     return _render(draw, (7.2, 4.6), key)
 
 
+def map_svg(
+    x: Sequence[float],
+    y: Sequence[float],
+    group: Sequence[int],
+    labels: Sequence[Mapping[str, Any]],
+    x_label: str = "",
+    y_label: str = "",
+    key: str = "map",
+) -> str:
+    """A dot per point, coloured by group in turn, and short words {"x", "y", "text"} over them; no ticks."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for colour in range(SERIES_COLOURS):
+            chosen = [row for row, of in enumerate(group) if of % SERIES_COLOURS == colour]
+            points = [x[row] for row in chosen], [y[row] for row in chosen]
+            axes.plot(*points, "o", color=_SERIES[colour], markersize=3, markeredgecolor="none", alpha=0.45)
+        for place in labels:
+            axes.annotate(
+                one_line(place["text"], 24),
+                (place["x"], place["y"]),
+                ha="center",
+                va="center",
+                fontsize=9,
+                fontweight="bold",
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": _PAPER, "edgecolor": _GRID, "alpha": 0.85},
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        _finish(axes, grid="both", x_label=x_label, y_label=y_label)
+
+    return _render(draw, (7.2, 5.4), key)
+
+
 def _floats(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 

@@ -114,19 +114,42 @@ def exposure_by_group(
     target: np.ndarray | None = None,
     target_case: np.ndarray | None = None,
 ) -> np.ndarray:
-    """P(recommended | group), or P(recommended | group, relevant) where targets are given.
-
-    Args:
-        group: (n_items,) int64 group of each item, 0..A-1; -1 = not a candidate.
-        target, target_case: (T,) distinct relevant items and their cases.
+    """P(recommended | group), or P(recommended | group, relevant) where targets are given; arguments as
+    `exposure_counts`.
 
     Returns:
-        (A,) probabilities over (case, item) pairs; items of the case's own history are in neither part of the ratio.
-        NaN for a group without such a pair.
+        (A,) probabilities over (case, item) pairs. NaN for a group without such a pair.
 
     Source: recsys_evaluation 5, as in Elliot.
     """
-    n_items, n_groups = len(group), int(group.max()) + 1
+    shown, possible = exposure_counts(lists, cases, group, target=target, target_case=target_case)
+    return probabilities(shown.sum(axis=0), possible.sum(axis=0))
+
+
+def probabilities(shown: np.ndarray, possible: np.ndarray) -> np.ndarray:
+    """shown / possible, NaN where nothing was possible."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(possible > 0, shown / possible, np.nan)
+
+
+def exposure_counts(
+    lists: np.ndarray,
+    cases: Cases,
+    group: np.ndarray,
+    *,
+    target: np.ndarray | None = None,
+    target_case: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many items of each group every case is shown, and how many it could have been.
+
+    Args:
+        group: (n_items,) int64 group of each item, 0..A-1; -1 = not a candidate.
+        target, target_case: (T,) distinct relevant items and their cases; then only those count.
+
+    Returns:
+        shown, possible: (C, A) int64. Items of the case's own history are in neither.
+    """
+    n_items, n_groups, n_cases = len(group), int(group.max()) + 1, len(cases)
     seen = history_pairs(cases, n_items)
     case, _ = np.nonzero(lists != NO_ITEM)
     shown = np.unique(case * n_items + lists[lists != NO_ITEM])
@@ -135,17 +158,19 @@ def exposure_by_group(
         relevant = np.unique(target_case * n_items + target)
         relevant = relevant[~np.isin(relevant, seen, assume_unique=True)]
         shown = shown[np.isin(shown, relevant, assume_unique=True)]
-        possible = _per_group(relevant, group, n_groups)
+        possible = _per_group(relevant, group, n_groups, n_cases)
     else:
-        possible = len(cases) * np.bincount(group[group >= 0], minlength=n_groups) - _per_group(seen, group, n_groups)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(possible > 0, _per_group(shown, group, n_groups) / possible, np.nan)
+        whole = np.bincount(group[group >= 0], minlength=n_groups)
+        possible = whole - _per_group(seen, group, n_groups, n_cases)
+    return _per_group(shown, group, n_groups, n_cases), possible
 
 
-def _per_group(pairs: np.ndarray, group: np.ndarray, n_groups: int) -> np.ndarray:
-    """(A,) how many (case, item) pairs fall on items of each group; items in none are not counted."""
-    of_pair = group[pairs % len(group)]
-    return np.bincount(of_pair[of_pair >= 0], minlength=n_groups)
+def _per_group(pairs: np.ndarray, group: np.ndarray, n_groups: int, n_cases: int) -> np.ndarray:
+    """(C, A) how many (case, item) pairs fall on items of each group; items in none are not counted."""
+    case, item = np.divmod(pairs, len(group))
+    counted = group[item] >= 0
+    cell = case[counted] * n_groups + group[item[counted]]
+    return np.bincount(cell, minlength=n_cases * n_groups).reshape(n_cases, n_groups)
 
 
 def relative_spread(probability: np.ndarray) -> float:

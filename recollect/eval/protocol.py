@@ -1,8 +1,9 @@
 """The protocol block: what must be equal for two rows of results to stand in one table.
 
 A block is a JSON-ready dictionary. Its hash covers everything that changes what a number means; seeds, versions, the
-data set's name and the label of the rows a model was fitted on identify a row and are left out of it. Rows of different
-hash are refused side by side, since nearly every "library X is worse than paper Y" is a difference of protocol.
+data set's name, the texts of its items and the label of the rows a model was fitted on identify a row and are left out
+of it. Rows of different hash are refused side by side, since nearly every "library X is worse than paper Y" is a
+difference of protocol.
 
 Source: recsys_evaluation 2, 3 and 10.
 """
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import platform
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from recollect.data.fingerprints import fingerprint
+from recollect.data.fingerprints import fingerprint, text_fingerprint
 from recollect.data.splits import refit_mask
 from recollect.errors import InputError
 from recollect.io import canonical_json, sha256_text
@@ -24,7 +25,7 @@ from recollect.types import Dataset, Split
 
 TRAIN = "train"
 LIST_CUT = "score descending, item index ascending"
-IDENTITY_FIELDS = ("name", "trained_on", "seeds", "versions")
+IDENTITY_FIELDS = ("name", "text_fingerprint", "trained_on", "seeds", "versions")
 REQUIRED_FIELDS = (
     "fingerprint",
     "filters",
@@ -44,16 +45,25 @@ REQUIRED_FIELDS = (
     "versions",
 )
 
-_fingerprints: dict[int, tuple[weakref.ref[Dataset], str]] = {}
+_fingerprints: dict[tuple[str, int], tuple[weakref.ref[Dataset], str]] = {}
 
 
 def data_fingerprint(dataset: Dataset) -> str:
     """`recollect.data.fingerprint`, computed once per data set object."""
-    known = _fingerprints.get(id(dataset))
+    return _once(fingerprint, dataset)
+
+
+def item_text_fingerprint(dataset: Dataset) -> str:
+    """`recollect.data.text_fingerprint`, computed once per data set object."""
+    return _once(text_fingerprint, dataset)
+
+
+def _once(compute: Callable[[Dataset], str], dataset: Dataset) -> str:
+    key = compute.__name__, id(dataset)
+    known = _fingerprints.get(key)
     if known is not None and known[0]() is dataset:
         return known[1]
-    value = fingerprint(dataset)
-    key = id(dataset)
+    value = compute(dataset)
     _fingerprints[key] = (weakref.ref(dataset, lambda _: _fingerprints.pop(key, None)), value)
     return value
 
@@ -89,6 +99,7 @@ def protocol_block(
     return {
         "name": dataset.name,
         "fingerprint": data_fingerprint(dataset),
+        "text_fingerprint": item_text_fingerprint(dataset),
         "filters": list(dataset.meta.get("rules", [])),
         "split": split.rule,
         "part": part,

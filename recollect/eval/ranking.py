@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +56,8 @@ def evaluate_ranker(
 
     Args:
         model: its `score(histories)` gives (B, n_items), higher is better, seen items not masked. float32 and float64
-            are compared as they are; anything narrower becomes float32 with a warning that counts the ties.
+            are compared as they are; anything narrower becomes float32 with a warning that counts the ties. One with a
+            true `reads_times` is asked `score(histories, times=...)`: when the history's events were, in Unix seconds.
         dataset, split: the cases; `part` "valid" or "test".
         history: "train+val" is every earlier event of the user, "train" hides the validation event.
         mask: "history" takes the items the model is shown off the ranking, "train" the user's training items, "none"
@@ -91,16 +93,29 @@ def evaluate_ranker(
         progress.stage(f"evaluating {name}", n_cases)
     for start in range(0, n_cases, batch_size):
         stop = min(start + batch_size, n_cases)
-        batch = scored.checked(model.score(setting.cases.histories(slice(start, stop))), start, stop)
+        batch = scored.checked(scores_of(model, setting, start, stop), start, stop)
+        row, item = setting.masked(start, stop)
         # Counting and listing pass over the scores several times; a few rows at a time stay in the cache.
-        for low in range(start, stop, scored.rows):
+        cuts = np.searchsorted(row, np.arange(0, stop - start + scored.rows, scored.rows))
+        for low, first, last in zip(range(start, stop, scored.rows), cuts[:-1], cuts[1:], strict=True):
             high = min(low + scored.rows, stop)
+            masked = row[first:last] - (low - start), item[first:last]
             where = setting.targets_of(low, high)
-            own = scored.own_copy(batch[low - start : high - start], low)
-            greater[where], equal[where], lists[low:high] = rank_batch(setting, own, low, high)
+            with scored.without(masked, batch[low - start : high - start], low) as own:
+                greater[where], equal[where], lists[low:high] = rank_batch(setting, own, low, high)
         if progress is not None:
             progress.advance(stop - start)
     return setting.table(name, lists, greater, equal, seed=seed, warnings=scored.warnings(equal), input_form="dense")
+
+
+def scores_of(model: Ranker, setting: Setting, start: int, stop: int) -> Any:
+    """What the model gives for cases start..stop-1, unchecked."""
+    part = slice(start, stop)
+    histories = setting.cases.histories(part)
+    if getattr(model, "reads_times", False):
+        timed: Any = model
+        return timed.score(histories, times=setting.cases.times(part))
+    return model.score(histories)
 
 
 def rank_batch(
@@ -109,11 +124,8 @@ def rank_batch(
     """Counts (T_b,) above and equal to each target, and lists (B, L), of cases start..stop-1.
 
     Args:
-        scores: (B, n_items) float32 or float64 without NaN; overwritten (masked items become -inf).
+        scores: (B, n_items) float32 or float64 without NaN; -inf where an item is masked or no candidate.
     """
-    if len(setting.absent):
-        scores[:, setting.absent] = -np.inf
-    scores[setting.masked(start, stop)] = -np.inf
     where = setting.targets_of(start, stop)
     target, row = setting.target[where], setting.target_case[where] - start
     lists = top_items(scores, setting.list_length)
@@ -128,13 +140,12 @@ def rank_batch(
 
 
 class _Scored:
-    """Checks a model's scores and copies a few rows at a time into memory of our own, which masking may overwrite."""
+    """Checks a model's scores, and takes masked items out of a few rows at a time."""
 
     def __init__(self, name: str, setting: Setting) -> None:
         self._name = name
         self._setting = setting
         self.rows = max(_FEWEST_ROWS, _CACHED_CELLS // setting.n_items)
-        self._memory: np.ndarray | None = None
         self._low_precision = ""
 
     def checked(self, scores: Any, start: int, stop: int) -> np.ndarray:
@@ -149,21 +160,40 @@ class _Scored:
             )
         return scores
 
-    def own_copy(self, scores: np.ndarray, start: int) -> np.ndarray:
-        """A writable copy without NaN of the scores of the cases from `start` on; valid until the next call."""
-        unusable = np.isnan(scores)
-        if unusable.any():
-            bad = unusable.any(axis=1)
+    @contextmanager
+    def without(self, masked: tuple[np.ndarray, np.ndarray], scores: np.ndarray, start: int) -> Iterator[np.ndarray]:
+        """The scores (B, n_items) of the cases from `start` on with -inf for masked (row, item) pairs and items that
+        are no candidates; the model's own array, which is put back as it was, or a copy where it cannot be written.
+
+        Raises:
+            InputError: a score is NaN.
+        """
+        self._refuse_nan(scores, start)
+        if scores.dtype.itemsize > np.dtype(np.float64).itemsize:
+            scores = scores.astype(np.float64)
+        if not (scores.flags.writeable and scores.flags.c_contiguous):
+            scores = scores.copy()
+        absent = self._setting.absent
+        of_absent, of_masked = scores[:, absent], scores[masked]
+        try:
+            scores[:, absent] = -np.inf
+            scores[masked] = -np.inf
+            yield scores
+        finally:
+            scores[masked] = of_masked
+            scores[:, absent] = of_absent
+
+    def _refuse_nan(self, scores: np.ndarray, start: int) -> None:
+        with np.errstate(all="ignore"):
+            sums = scores @ np.ones(scores.shape[1], dtype=scores.dtype)
+        if not np.isnan(sums).any():  # a NaN reaches its row's sum, and so does the difference of two infinities
+            return
+        bad = np.isnan(scores).any(axis=1)
+        if bad.any():
             raise InputError(
                 f"{self._name!r} gave NaN scores, first for {self._setting.who(start + int(bad.argmax()))}; "
                 "NaN has no rank"
             )
-        dtype = np.float64 if scores.dtype == np.float64 else np.float32
-        if self._memory is None or self._memory.dtype != dtype:
-            self._memory = np.empty((self.rows, self._setting.n_items), dtype=dtype)
-        own = self._memory[: len(scores)]
-        np.copyto(own, scores, casting="same_kind")
-        return own
 
     def warnings(self, equal: np.ndarray) -> tuple[str, ...]:
         """A sentence on ties if any batch came in low precision, also logged."""

@@ -50,10 +50,16 @@ _TITLES = {
     "distill": "A language model and a conventional recommender teach each other",
     "distill-plan": "What a distillation would do",
     "prompt-rank": "Prompted rankings against the log",
+    "tokenize": "Semantic IDs of a catalogue",
+    "tokenize-plan": "What a tokenization would do",
+    "tokenize-bench": "Item tokenizers on one catalogue",
+    "tokenize-bench-plan": "What a comparison of tokenizers would do",
 }
 _FACTS = (
     "data",
     "method",
+    "items",
+    "dimension",
     "users",
     "interactions_per_user",
     "interactions",
@@ -275,8 +281,8 @@ def table_csv(report: Report) -> str:
 
 
 def _models(report: Report) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """The `models` section of an evaluation: {model: {metric: entry}}."""
-    return (report.sections.get("models") or {}) if report.kind == "evaluate" else {}
+    """The `models` section of an evaluation or a comparison of tokenizers: {model: {metric: entry}}."""
+    return (report.sections.get("models") or {}) if report.kind in ("evaluate", "tokenize-bench") else {}
 
 
 def load_report(folder: str | Path) -> Report:

@@ -18,7 +18,7 @@ import numpy as np
 
 from recollect.errors import ConfigError, InputError
 from recollect.eval.case_table import next_item_metrics
-from recollect.eval.ranking import as_scores
+from recollect.eval.ranking import as_scores, scores_of
 from recollect.eval.setting import KS, Mask, evaluation_setting
 from recollect.rng import stream
 from recollect.types import Dataset, Ranker, Split
@@ -115,7 +115,7 @@ def sampled_columns(
     greater, equal = (np.zeros(n_cases, dtype=np.int64) for _ in range(2))
     for start in range(0, n_cases, batch_size):
         stop = min(start + batch_size, n_cases)
-        scores = as_scores(model.score(setting.cases.histories(slice(start, stop))))[0]
+        scores = as_scores(scores_of(model, setting, start, stop))[0]
         blocked = np.zeros((stop - start, setting.n_items), dtype=bool)
         blocked[:, setting.absent] = True
         blocked[setting.masked(start, stop)] = True

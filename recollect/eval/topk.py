@@ -1,7 +1,7 @@
 """The first K items of every row by (score descending, item index ascending), without sorting whole rows.
 
 A lower bound of each row's K-th score comes from the maxima of disjoint blocks of columns: K different blocks have a
-maximum at or above the K-th largest maximum, so at least K scores do. Only scores above it are then sorted.
+maximum at or above the K-th largest maximum, so at least K scores do. Only scores that reach it are then sorted.
 
 Source: the cut rule is recsys_evaluation 5 [our design].
 """
@@ -14,6 +14,7 @@ from recollect.errors import ConfigError
 
 NO_ITEM = -1
 _BLOCK = 32
+_MANY = 8  # times k scores that reach the bound: then it is tied, and its equals are not worth sorting
 
 
 def top_items(scores: np.ndarray, k: int) -> np.ndarray:
@@ -37,7 +38,10 @@ def top_items(scores: np.ndarray, k: int) -> np.ndarray:
     if n_rows == 0 or n_items == 0:
         return lists
     bound = _lower_bound(scores, k)
-    flat = np.flatnonzero(scores > bound[:, None])
+    reaching = scores >= bound[:, None]
+    if not (bound > -np.inf).all() or np.count_nonzero(reaching) > _MANY * k * n_rows:
+        reaching = scores > bound[:, None]
+    flat = np.flatnonzero(reaching)
     row, item = np.divmod(flat, n_items)
     value = scores.ravel()[flat] if scores.flags.c_contiguous else scores[row, item]
     # `flat` ascends, so a stable sort by (row, -value) leaves equal scores in the order of their index.

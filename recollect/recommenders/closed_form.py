@@ -14,7 +14,7 @@ import numpy as np
 
 from recollect.config import build, to_dict
 from recollect.errors import InputError, ModelFileError
-from recollect.io import atomic_open, read_json, sha256_file, write_json
+from recollect.io import read_json, sha256_file, write_arrays, write_json
 from recollect.types import Dataset, Split
 
 if TYPE_CHECKING:
@@ -101,13 +101,10 @@ def save_folder(
         InputError: the model is not fitted.
         StorageRefused: the disk refused; `config.json` is as it was.
     """
-    from safetensors.numpy import save
-
     if n_items == 0:
         raise InputError(f"the model {kind!r} is not fitted; there is nothing to save")
     folder = Path(folder)
-    with atomic_open(folder / WEIGHTS_FILE, "wb") as handle:
-        handle.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    write_arrays(folder / WEIGHTS_FILE, arrays)
     content = {
         "kind": kind,
         "options": to_dict(options),

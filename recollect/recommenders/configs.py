@@ -182,6 +182,8 @@ class HSTUConfig(NeuralConfig):
     """Full softmax, or softmax over the target and k negatives."""
     negatives: int = 128
     """Negatives per position of the sampled loss."""
+    time_bias: bool = False
+    """Also learn a bias of attention by the time between two events; needs data with a clock."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,11 +27,13 @@ from recollect.data import (
 )
 from recollect.data.splits import refit_mask
 from recollect.errors import ConfigError, InputError, ResumeRefused
+from recollect.eval.protocol import item_text_fingerprint
 from recollect.eval.report import table_csv
 from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.evaluate_config import EvaluateConfig
+from recollect.recommenders.evaluate_groups import groups_by_attribute
 from recollect.recommenders.evaluate_report import make_report, plan_report
 from recollect.recommenders.evaluate_runs import (
     Entry,
@@ -41,6 +43,7 @@ from recollect.recommenders.evaluate_runs import (
     make_entries,
     make_units,
     refit,
+    require_same_texts,
     run_unit,
 )
 from recollect.types import Dataset, Report, Split
@@ -83,6 +86,7 @@ def evaluate(
     units = make_units(entries, config)
     if config.tie_shuffles:
         tie_shuffle(dataset, 1)  # data without a clock are refused before anything is fitted
+    groups_by_attribute(dataset, config.attributes)  # so are attributes that make no groups
     if config.dry_run:
         return plan_report(config, dataset, split, units)
     if is_helper():
@@ -177,8 +181,11 @@ def open_run(
                     f"the run in {out} has {name} {before.get(name)!r}, not {now.get(name)!r}; use the same options "
                     "or another --out"
                 )
+    texts = item_text_fingerprint(dataset)
     for unit in make_units(entries, config):
-        is_finished(unit, out)  # refuses a row that was made with other options, before anything is fitted
+        # Refuses a row that was made with other options or texts, before anything is fitted.
+        if is_finished(unit, out):
+            require_same_texts(unit, out, texts)
     manifest = run_manifest(
         "evaluate",
         to_dict(config),
@@ -186,7 +193,7 @@ def open_run(
         {entry.label: entry.describe() for entry in entries},
         config.seed,
     )
-    manifest["identity"] = identity
+    manifest |= {"identity": identity, "text_fingerprint": texts}
     write_json(path, manifest)
     return manifest
 

@@ -48,6 +48,9 @@ class EvaluateConfig:
     tie_shuffles: int = 0
     """Also evaluate so many random orders of events with equal times (the target of such a case is arbitrary)."""
 
+    attributes: tuple[str, ...] = ()
+    """User attributes the primary metric is also split by, e.g. gender,age, beside activity and head share."""
+
     refit: bool = False
     """Fit once more on training and validation events before the test (models that are selected on validation keep
     the number of epochs found)."""
@@ -85,6 +88,9 @@ class EvaluateConfig:
         doubled = sorted({name for name in self.models if self.models.count(name) > 1})
         if doubled:
             raise ConfigError(f"models names {', '.join(map(repr, doubled))} more than once")
+        taken = sorted({"activity", "head share"} & set(self.attributes))
+        if taken:
+            raise ConfigError(f"attributes names {taken[0]!r}, a partition that is always there; leave it out")
         if not self.k or min(self.k) < 1:
             raise ConfigError(f"k must be cut-offs of at least 1, got {list(self.k)!r}")
         if not 0 < self.quantile < 1:

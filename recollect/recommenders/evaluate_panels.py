@@ -23,6 +23,7 @@ def all_panels(
         forest(report, metric),
         *difference_panels(report, metric),
         lists(report, config),
+        exposure(report, config),
         *calibration(report, config),
         *groups(report, metric),
     ]
@@ -187,6 +188,25 @@ def lists(report: Report, config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+def exposure(report: Report, config: EvaluateConfig) -> dict[str, Any]:
+    """How evenly the catalogue is shown, and head and tail in it."""
+    models, cut = report.sections["models"], config.primary_cut
+    by_rule = [f"{metric}@{cut}:{rule}" for metric in ("ltc", "rsp", "reo") for rule in ("items20", "mass80")]
+    metrics = [f"entropy@{cut}", f"entropy_share@{cut}", *by_rule]
+    return {
+        "kind": "table",
+        "title": "How evenly the catalogue is shown",
+        "note": (
+            "Entropy of exposure in nats, and as a share of ln(items); share of the tail's items shown to anyone "
+            "(LtC); standard deviation over mean of the probability to be shown of head and tail (RSP), and of the "
+            "relevant items among them (REO): 0 = alike, 1 = one of the two never. Draws for entropy and LtC are moved "
+            "onto the value, as above; no value: nothing relevant was shown."
+        ),
+        "columns": ["model", *metrics],
+        "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
+    }
+
+
 def calibration(report: Report, config: EvaluateConfig) -> list[dict[str, Any]]:
     """How far the categories of a list are from those of the history, where the catalogue has categories."""
     models, cut = report.sections["models"], config.primary_cut
@@ -212,8 +232,33 @@ GROUP_NAMES = {"activity": ("q1", "q2", "q3"), "head share": ("niche", "balanced
 
 
 def groups(report: Report, metric: str) -> list[dict[str, Any]]:
-    """The primary metric by group of users, both partitions in one table."""
-    found = report.sections["user_groups"]
+    """The primary metric by group of users: both partitions by events in one table, and one for each attribute."""
+    every = report.sections["user_groups"]
+    found = {name: rows for name, rows in every.items() if name in GROUP_NAMES}
+    return _by_events(found, metric) + [
+        _by_attribute(name, rows, metric) for name, rows in every.items() if name not in GROUP_NAMES
+    ]
+
+
+def _by_attribute(name: str, rows: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    sizes = {group: cell["n"] for group, cell in next(iter(rows.values()))["groups"].items()}
+    return {
+        "kind": "table",
+        "title": f"{metric.upper()} by {name} of users",
+        "note": (
+            f"Users per group: {', '.join(f'{group} {size:,}' for group, size in sizes.items())}. Gap = best minus "
+            "worst group; chance alone makes it positive, so its draws are moved onto the value, and it grows with the "
+            "number of groups."
+        ),
+        "columns": ["model", *sizes, "gap", "worst"],
+        "rows": [
+            [label, *(_cell(row["groups"][group]) for group in sizes), _cell(row["gap"]), row["worst"]["group"]]
+            for label, row in rows.items()
+        ],
+    }
+
+
+def _by_events(found: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
     if not found:
         return []
     sizes = []

@@ -119,8 +119,8 @@ def make_report(
             "tied_target_share": tied_target_share(dataset, split) if dataset.clock == "unix" else None,
             "compared_with": f"{baseline}, {why}",
             "intervals": (
-                f"95 %, {RESAMPLES} resamples of users ({EXPOSURE_RESAMPLES} for coverage and Gini, {GROUP_RESAMPLES} "
-                "for groups of users)"
+                f"95 %, {RESAMPLES} resamples of users ({EXPOSURE_RESAMPLES} for what all lists have together, "
+                f"{GROUP_RESAMPLES} for groups of users)"
             ),
         },
         metrics={},
@@ -134,7 +134,12 @@ def make_report(
             "baseline_choice": why,
             "differences": list(comparison.differences),
             "user_groups": user_groups(
-                {label: row.tables for label, row in rows.items()}, dataset, split, metric, config.seed
+                {label: row.tables for label, row in rows.items()},
+                dataset,
+                split,
+                metric,
+                config.seed,
+                config.attributes,
             ),
             "tie_orders": tie_orders(rows, shuffles),
             "run": manifest,

@@ -54,6 +54,11 @@ class Entry:
         return self.spec is not None and self.spec.is_trained
 
     @property
+    def reads_text(self) -> bool:
+        """Its scores depend on what is said of the items; a saved model brings its own vectors."""
+        return self.spec is not None and self.spec.reads_text
+
+    @property
     def slug(self) -> str:
         """The label as a folder name."""
         if self.saved is not None:
@@ -163,6 +168,21 @@ def is_finished(unit: Unit, out: Path) -> bool:
     return True
 
 
+def require_same_texts(unit: Unit, out: Path, texts: str) -> None:
+    """Refuse a finished row of a model that reads text where the items' texts (a fingerprint) are no longer the same.
+
+    Raises:
+        ResumeRefused: they are not.
+    """
+    path = out / unit.folder / RESULT_FILE
+    held = read_json(path)["protocol"].get("text_fingerprint")
+    if unit.entry.reads_text and held not in (None, texts):
+        raise ResumeRefused(
+            f"{path} was made when the items had other titles, categories or texts, which {unit.entry.label!r} reads; "
+            "use the catalogue it had, or another --out"
+        )
+
+
 def run_unit(
     unit: Unit, title: str, dataset: Dataset, split: Split, config: EvaluateConfig, out: Path, progress: Progress
 ) -> None:
@@ -217,7 +237,7 @@ def run_unit(
         seed=config.seed,
     )
     other_mask = None
-    if unit.entry.spec is not None and unit.entry.spec.reads_text:
+    if unit.entry.reads_text:
         other = {**options, "mask": "none" if config.mask == "history" else "history"}
         repeated = evaluate_ranker(model, dataset, split, rows=rows, **other)
         own, found = (one.aggregate([config.primary_metric], seed=config.seed) for one in (table, repeated))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recollect.recommenders.packing import Batch, Group, over_groups
+from recollect.recommenders.packing import Batch, Group, over_groups, over_sequences
 
 
 class Dropout(nn.Module):
@@ -85,6 +85,23 @@ class SelfAttention(nn.Module):
             return mixed.transpose(1, 2).reshape(size, length, width // 3)
 
         return self.output(over_groups(batch, self.projection(x), of_group))
+
+    def at_last(self, x: Tensor, batch: Batch) -> Tensor:
+        """(M, D) -> (B, D): `forward` at the last position of each sequence, without the work for the others."""
+        width = x.shape[1]
+        weight, bias = self.projection.weight, self.projection.bias
+        queries = functional.linear(x[batch.last], weight[:width], bias[:width])  # (B, D)
+        pairs = functional.linear(x, weight[width:], bias[width:])  # (M, 2 D)
+
+        def of_group(cells: Tensor, rows: slice, group: Group) -> Tensor:
+            size, length, _ = cells.shape
+            heads = cells.view(size, length, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+            query = queries[rows].view(size, 1, self.heads, width // self.heads).transpose(1, 2)  # (G, H, 1, C)
+            # The last position looks at all there are, so all it must be told is where the padding is.
+            mixed = attention(query, heads[0], heads[1], group.valid[:, None, None], self.dropout)
+            return mixed.reshape(size, width)
+
+        return self.output(over_sequences(batch, pairs, of_group))
 
 
 class FeedForward(nn.Module):

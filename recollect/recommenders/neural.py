@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recollect.config import to_dict
 from recollect.data.examples import Cases, Sequences, held_out_cases, training_sequences
-from recollect.errors import InputError, ModelFileError
+from recollect.errors import ConfigError, InputError, ModelFileError
 from recollect.eval.metrics import ndcg, rank_counts
 from recollect.eval.protocol import data_fingerprint
 from recollect.eval.statistics import cluster_codes
@@ -99,6 +99,11 @@ class NeuralRecommender:
         self.module: Any = None
         self.result: LoopResult | None = None
 
+    @property
+    def reads_times(self) -> bool:
+        """Its `score` must be told when the items of a history were, see `score`."""
+        return False
+
     def build(self, n_items: int) -> nn.Module:
         """A module with fresh weights drawn from the config's seed."""
         with torch.random.fork_rng(devices=[]):
@@ -114,6 +119,7 @@ class NeuralRecommender:
             seed=self.config.seed,
             with_targets=self.windows_with_targets,
             min_items=self.min_items,
+            with_times=self.reads_times,
         )
 
     def fit(
@@ -135,8 +141,14 @@ class NeuralRecommender:
 
         Raises:
             InputError: no sequence is long enough.
+            ConfigError: the model reads times, and the data have no clock.
             TrainingDiverged: a loss became NaN or infinite.
         """
+        if self.reads_times and dataset.clock != "unix":
+            raise ConfigError(
+                f"{self.name!r} as configured reads the times of events, and {dataset.name!r} has no clock; "
+                "leave time_bias off"
+            )
         sequences = training_sequences(dataset, fitted_rows(dataset, split, rows))
         batches = self.batches(sequences)
         module = self.build(dataset.n_items)
@@ -157,20 +169,29 @@ class NeuralRecommender:
         )
         return self
 
-    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
+    def score(
+        self,
+        histories: Sequence[np.ndarray],
+        candidates: np.ndarray | None = None,
+        *,
+        times: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Score candidates (B, C), or every item where None, for histories (T,) oldest first.
 
         Only the last `max_length` items of a history are read.
+
+        Args:
+            times: Unix seconds (T,) int64 of each history's items; needed where `reads_times`, else not looked at.
 
         Returns:
             (B, C) or (B, n_items) float32.
 
         Raises:
-            InputError: not fitted, or an item the model does not know.
+            InputError: not fitted, an item the model does not know, or times are missing or of another length.
         """
         check_question(self.name, self.n_items, histories, candidates)
         with torch.inference_mode():
-            users = self._users(histories)
+            users = self._users(histories, times)
             items = self.module.item_vectors()
             if candidates is None:
                 return (users @ items.T).float().cpu().numpy()
@@ -182,14 +203,27 @@ class NeuralRecommender:
                 scores[part] = torch.bmm(items[chosen[part]], users[part, :, None]).squeeze(2).float().cpu().numpy()
             return scores
 
-    def _users(self, histories: Sequence[np.ndarray]) -> Tensor:
+    def _users(self, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None) -> Tensor:
         """(B, D) user vectors."""
+        times = self._checked_times(histories, times)
         module = self.module.eval()
         items = module.item_vectors()
         users = self.empty_user(items).repeat(len(histories), 1)
-        for rows, batch in history_batches(self.read(histories), self.config.max_length, SCORE_POSITIONS):
+        for rows, batch in history_batches(self.read(histories), self.config.max_length, SCORE_POSITIONS, times):
             users[torch.from_numpy(rows)] = module.user_vectors(batch.to(items.device))
         return users
+
+    def _checked_times(
+        self, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None
+    ) -> Sequence[np.ndarray] | None:
+        if not self.reads_times:
+            return None
+        if times is None or [len(row) for row in times] != [len(row) for row in histories]:
+            raise InputError(
+                f"{self.name!r} as configured reads the times of events: score(histories, times=...) needs one array "
+                "per history, of its length"
+            )
+        return times
 
     def read(self, histories: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """What the module is given for each history; itself, unless a model marks where it is to predict."""
@@ -203,11 +237,13 @@ class NeuralRecommender:
         """(D,) vector of a user without history, given the item vectors (N, D): zero."""
         return items.new_zeros(items.shape[1])
 
-    def score_batches(self, histories: Sequence[np.ndarray]) -> Iterator[tuple[slice, np.ndarray]]:
+    def score_batches(
+        self, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """Full-catalogue scores (C, n_items) of consecutive histories, never all at once, as (rows, scores)."""
         rows = max(1, SCORE_CELLS // self.n_items)
         with torch.inference_mode():
-            users, items = self._users(histories), self.module.item_vectors()
+            users, items = self._users(histories, times), self.module.item_vectors()
         for low in range(0, len(histories), rows):
             part = slice(low, min(low + rows, len(histories)))
             with torch.inference_mode():
@@ -260,10 +296,14 @@ def training_identity(
         frozen: what else training reads.
     """
     chosen_on = [] if cases is None else [cases.start, cases.end, cases.first, cases.last]
+    read = [sequences.starts, sequences.items]
+    if getattr(recommender, "reads_times", False):
+        assert sequences.time is not None  # its batches were built with times
+        read.append(sequences.time)
     return {
         "model": recommender.name,
         "data": recommender.data,
-        "rows": _digest(sequences.starts, sequences.items),
+        "rows": _digest(*read),
         "chosen_on": _digest(*chosen_on),
         "frozen_inputs": _digest(*frozen),
         **to_dict(recommender.config),
@@ -294,7 +334,8 @@ def validation_ndcg(recommender: NeuralRecommender, cases: Cases, k: int = 10) -
     codes, n_users = cluster_codes(cases.user[index])
     weight = 1.0 / np.bincount(codes)[codes]
     total = 0.0
-    for part, scores in recommender.score_batches(histories):
+    clock = [cases.times(index)] if getattr(recommender, "reads_times", False) else []
+    for part, scores in recommender.score_batches(histories, *clock):
         own, target_part = histories[part], target[part]
         row = np.repeat(np.arange(len(own)), [len(history) for history in own])
         of_target = scores[np.arange(len(own)), target_part]

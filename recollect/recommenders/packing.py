@@ -48,6 +48,7 @@ class Batch:
     targets: (M,) int64, the item that follows; None when scoring or where the model masks its own inputs.
     starts: (B + 1,) int64.  groups: the rectangles that cover the batch, K cells in all, row-major one after another.
     source: (K,) int64, the position each cell shows (padding shows some other one).  cell: (M,) int64, its inverse.
+    times: (M,) int64 of the input items; None for models that do not read them.
     """
 
     items: Tensor
@@ -57,6 +58,7 @@ class Batch:
     groups: tuple[Group, ...]
     source: Tensor
     cell: Tensor
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -87,6 +89,7 @@ class Batch:
             tuple(replace(group, lengths=move(group.lengths)) for group in self.groups),
             move(self.source),
             move(self.cell),
+            None if self.times is None else move(self.times),
         )
 
 
@@ -125,13 +128,41 @@ def over_groups(batch: Batch, x: Tensor, function: Callable[[Tensor, Group], Ten
     return joined if len(batch.source) == len(x) else joined.index_select(0, batch.cell)
 
 
-def make_batch(items: np.ndarray, lengths: np.ndarray, targets: np.ndarray | None = None) -> Batch:
+def over_sequences(batch: Batch, x: Tensor, function: Callable[[Tensor, slice, Group], Tensor]) -> Tensor:
+    """Reduce each sequence of a batch to one row; for scoring, since it has no gradient of its own.
+
+    Args:
+        x: (M, D) of the batch's positions.
+        function: (cells (G, T, D), which sequences of the batch they are, group) -> (G, D').
+
+    Returns:
+        (B, D').
+    """
+    cells = x if len(batch.source) == len(x) else x.index_select(0, batch.source)
+    rows, low, first = [], 0, 0
+    for group in batch.groups:
+        part = cells[low : low + group.size * group.width].view(group.size, group.width, -1)
+        rows.append(function(part, slice(first, first + group.size), group))
+        low, first = low + group.size * group.width, first + group.size
+    return torch.cat(rows)
+
+
+def in_groups(batch: Batch, x: Tensor) -> list[Tensor]:
+    """What the batch's positions (M,) hold, as one (G, T) rectangle per group; padding cells hold anything."""
+    cells = x if len(batch.source) == len(x) else x.index_select(0, batch.source)
+    parts = cells.split([group.size * group.width for group in batch.groups])
+    return [part.view(group.size, group.width) for part, group in zip(parts, batch.groups, strict=True)]
+
+
+def make_batch(
+    items: np.ndarray, lengths: np.ndarray, targets: np.ndarray | None = None, times: np.ndarray | None = None
+) -> Batch:
     """A batch of sequences that stand one after another in `items` (M,) in order of falling length.
 
     Args:
         items: (M,) int64.
         lengths: (B,) int64, each at least 1, not rising.
-        targets: (M,) int64 or None.
+        targets, times: (M,) int64 or None.
     """
     starts = np.r_[0, np.cumsum(lengths)]
     place = np.arange(len(items)) - np.repeat(starts[:-1], lengths)
@@ -146,6 +177,7 @@ def make_batch(items: np.ndarray, lengths: np.ndarray, targets: np.ndarray | Non
         tuple(Group(high - low, int(lengths[low]), torch.from_numpy(lengths[low:high])) for low, high in cuts),
         torch.from_numpy(np.concatenate(sources)),
         torch.from_numpy(np.flatnonzero(valid)),
+        None if times is None else torch.from_numpy(times),
     )
 
 
@@ -177,6 +209,7 @@ class EpochBatches:
     order: np.ndarray
     batch_size: int
     with_targets: bool
+    times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
@@ -189,7 +222,12 @@ class EpochBatches:
         falling = np.argsort(-lengths, kind="stable")
         lengths, begin = lengths[falling], self.begin[chosen][falling]
         rows = _ranges(begin, lengths)
-        return make_batch(self.items[rows], lengths, self.items[rows + 1] if self.with_targets else None)
+        return make_batch(
+            self.items[rows],
+            lengths,
+            self.items[rows + 1] if self.with_targets else None,
+            None if self.times is None else self.times[rows],
+        )
 
 
 class TrainingBatches:
@@ -203,6 +241,7 @@ class TrainingBatches:
         with_targets: False makes windows of the last `max_length` items themselves, for models that mask inputs or
             draw pairs from the window.
         min_items: items a sequence needs to be used.
+        with_times: batches carry the times of their inputs, which `sequences` must have.
 
     Raises:
         ConfigError: `max_length` or `batch_size` is below 1.
@@ -218,13 +257,17 @@ class TrainingBatches:
         seed: int,
         with_targets: bool = True,
         min_items: int = 2,
+        with_times: bool = False,
     ) -> None:
         if max_length < 1 or batch_size < 1:
             raise ConfigError(f"max_length and batch_size must be at least 1, got {max_length!r} and {batch_size!r}")
         usable = sequences.lengths >= max(min_items, 2 if with_targets else 1)
         if not usable.any():
             raise InputError(f"no training sequence has {min_items} items; a sequence model needs longer histories")
+        if with_times and sequences.time is None:
+            raise InputError("these training sequences hold no times, which the model reads")
         self._items = np.ascontiguousarray(sequences.items, dtype=np.int64)
+        self._times = np.ascontiguousarray(sequences.time, dtype=np.int64) if with_times else None
         self._end = sequences.starts[1:][usable] - (1 if with_targets else 0)
         self._begin = np.maximum(sequences.starts[:-1][usable], self._end - max_length)
         self._batch_size = batch_size
@@ -239,17 +282,23 @@ class TrainingBatches:
     def __call__(self, epoch: int) -> EpochBatches:
         """The batches of an epoch, in an order drawn from (seed, epoch)."""
         order = stream(self._seed, "batches", epoch).permutation(len(self._begin))
-        return EpochBatches(self._items, self._begin, self._end, order, self._batch_size, self._with_targets)
+        return EpochBatches(
+            self._items, self._begin, self._end, order, self._batch_size, self._with_targets, self._times
+        )
 
 
 def history_batches(
-    histories: Sequence[np.ndarray], max_length: int, max_positions: int
+    histories: Sequence[np.ndarray],
+    max_length: int,
+    max_positions: int,
+    times: Sequence[np.ndarray] | None = None,
 ) -> list[tuple[np.ndarray, Batch]]:
     """Batches that cover all non-empty histories, each cut to its last `max_length` items.
 
     Args:
         histories: (T,) int64 each.
         max_positions: most positions of a batch.
+        times: (T,) int64 each, of the histories' items; None = batches without times.
 
     Returns:
         (rows (B,) of `histories`, batch) pairs; empty histories are in none.
@@ -263,10 +312,16 @@ def history_batches(
     while low < len(order):
         high = low + max(1, max_positions // int(lengths[order[low]]))
         rows = order[low:high]
-        items = np.concatenate([histories[row][-max_length:] for row in rows]).astype(np.int64, copy=False)
-        batches.append((rows, make_batch(items, lengths[rows])))
+        items = _tails(histories, rows, max_length)
+        clock = None if times is None else _tails(times, rows, max_length)
+        batches.append((rows, make_batch(items, lengths[rows], times=clock)))
         low = high
     return batches
+
+
+def _tails(columns: Sequence[np.ndarray], rows: np.ndarray, length: int) -> np.ndarray:
+    """The last `length` entries of the chosen columns, one after another, int64."""
+    return np.concatenate([columns[row][-length:] for row in rows]).astype(np.int64, copy=False)
 
 
 def _ranges(begin: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ on a held-out event of anybody.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,14 +20,15 @@ from recollect.prompts.fairlrm import PRESETS, RankingRequest
 from recollect.recommenders.candidate_sets import (
     full_candidates,
     mixed_candidates,
-    retrieval_candidates,
     with_target,
 )
-from recollect.recommenders.prompt_rank_config import PromptRankConfig
+from recollect.recommenders.prompt_rank_config import DRAWN_SHARE, PromptRankConfig
 from recollect.rng import stream
 from recollect.types import Dataset, Ranker, Split
 
 SHUFFLED, SWAPPED = "shuffled-U", "swapped-labels"
+CURVE_PRESETS = ("base", "fairlrm")
+"""Prompts that are drawn as curves: re-rankers are stacked on them, and other candidate mixes asked."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PromptCases:
     keys: (U,) names of the users in random streams.  histories: training items (T,) of each.  targets: (U,) int64.
     candidates: (C,) items of each, in the generator's order.  scores: (C,) of the generator, likewise.  profiles: of
     each.  everyone: the profile of every user of the log that has training events.  n_dropped: test users without
-    any history, which no prompt can describe.
+    any history, which no prompt can describe.  mixes: {share of drawn niche items: the cases with such candidates}.
     """
 
     dataset: Dataset
@@ -52,6 +53,7 @@ class PromptCases:
     candidates: tuple[np.ndarray, ...]
     scores: tuple[np.ndarray, ...]
     n_dropped: int = 0
+    mixes: Mapping[float, PromptCases] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -107,8 +109,12 @@ def draw_cases(
     histories = cases.histories()
     keys = tuple(str(dataset.users.user_ids[user]) for user in cases.user)
     targets = cases.target
-    candidates, scores = _candidates(generator, histories, keys, targets, popularity, config, batch_size)
-    return PromptCases(
+
+    def candidates(share: float | None) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        return _candidates(generator, histories, keys, targets, popularity, config, share, batch_size)
+
+    items, scores = candidates(DRAWN_SHARE.get(config.candidate_set))
+    found = PromptCases(
         dataset=dataset,
         split=split,
         cases=cases,
@@ -118,10 +124,13 @@ def draw_cases(
         popularity=popularity,
         profiles=tuple(everyone[int(user)] for user in cases.user),
         everyone=everyone,
-        candidates=candidates,
+        candidates=items,
         scores=scores,
         n_dropped=int((~usable).sum()),
     )
+    others = {share: candidates(share) for share in config.mix if share != DRAWN_SHARE[config.candidate_set]}
+    mixes = {share: replace(found, candidates=own, scores=values) for share, (own, values) in others.items()}
+    return replace(found, mixes=mixes)
 
 
 def _candidates(
@@ -131,8 +140,10 @@ def _candidates(
     targets: np.ndarray,
     popularity: PopularityProfile,
     config: PromptRankConfig,
+    share: float | None,
     batch_size: int,
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Candidates and their scores per user; `share` of drawn niche items, None = the full catalogue."""
     size = config.candidates
     items: list[np.ndarray] = []
     values: list[np.ndarray] = []
@@ -140,13 +151,15 @@ def _candidates(
         part = slice(start, start + batch_size)
         scores = np.asarray(generator.score(histories[part]))
         rows: list[np.ndarray]
-        if config.candidate_set == "full":
+        if share is None:
             rows = full_candidates(scores, histories[part])
-        elif config.candidate_set == "mixed":
-            is_popular = popularity.is_popular
-            rows = list(mixed_candidates(scores, histories[part], size, is_popular, keys=keys[part], seed=config.seed))
         else:
-            rows = list(retrieval_candidates(scores, histories[part], size))
+            is_popular = popularity.is_popular
+            rows = list(
+                mixed_candidates(
+                    scores, histories[part], size, is_popular, keys=keys[part], seed=config.seed, tail_share=share
+                )
+            )
         if config.insert_target:
             rows = list(with_target(np.stack(rows), targets[part]))
         items += rows
@@ -230,11 +243,16 @@ def with_attributes(
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of asking: which requests, with which components. None = nothing to ask for that user."""
+    """One way of asking: which requests, with which components. None = nothing to ask for that user.
+
+    preset, share: of a preset that is asked with another share of drawn niche items among the candidates.
+    """
 
     name: str
     components: frozenset[str]
     requests: Sequence[RankingRequest | None]
+    preset: str = ""
+    share: float | None = None
 
     @property
     def site(self) -> str:
@@ -245,7 +263,7 @@ class Variant:
 def make_variants(
     config: PromptRankConfig, presets: Sequence[str], cases: PromptCases, labels: tuple[str, ...]
 ) -> list[Variant]:
-    """Presets, then controls, then the base prompt with one attribute at a time."""
+    """Presets, then controls, then the base prompt with one attribute at a time, then other candidate mixes."""
     requests = requests_of(cases, labels, config.k)
     variants = [Variant(name, PRESETS[name], requests) for name in presets]
     if config.controls and "fairlrm" in presets:
@@ -259,10 +277,18 @@ def make_variants(
         variants.append(Variant(f"base+{name}", PRESETS["base"] | {"A"}, told))
     if config.attributes and "base" not in presets:
         variants.insert(0, Variant("base", PRESETS["base"], requests))
+    for share, mixed in cases.mixes.items():
+        other = requests_of(mixed, labels, config.k)
+        variants += [
+            Variant(f"{name} (mix {share:g})", PRESETS[name], other, name, share)
+            for name in CURVE_PRESETS
+            if name in presets
+        ]
     return variants
 
 
 __all__ = [
+    "CURVE_PRESETS",
     "SHUFFLED",
     "SWAPPED",
     "PromptCases",

@@ -1,12 +1,13 @@
 """Every method with a knob over all values of the knob: accuracy against calibration, accuracy against coverage.
 
-Methods: each re-ranker on the generator's scores and on each prompt's (lambda or beta), and each prompt mixed into the
-generator's scores (weight w of the prompt). A method without a knob is a curve of one point.
+Methods: each re-ranker on the generator's scores and on each prompt's (lambda, beta or temperature), each prompt mixed
+into the generator's scores (weight w of the prompt), and each prompt over the candidate mix (share of drawn niche items
+among what it was asked to rank). A method without a knob is a curve of one point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,17 @@ from recollect.recommenders.rerank import (
     order_by,
     popularity_penalty,
     quota,
+    softmax_order,
     unit_relevance,
     xquad,
 )
+from recollect.rng import stream
 
 LAMBDAS = tuple(step / 10 for step in range(11))
 BETAS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+TEMPERATURES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+"""In standard deviations of a user's scores."""
+OVER_THE_MIX = " over the candidate mix"
 REFERENCE = "cp"
 """The re-ranker whose curve on the generator every other curve is compared with."""
 
@@ -41,8 +47,8 @@ class Sweep:
     lists: tuple[Lists, ...]
 
 
-def rerank_sweeps(judge: Judge, base: Lists, names: Sequence[str]) -> Iterator[Sweep]:
-    """The re-rankers `names` on one method's lists."""
+def rerank_sweeps(judge: Judge, base: Lists, names: Sequence[str], seed: int) -> Iterator[Sweep]:
+    """The re-rankers `names` on one method's lists; `seed` is that of the draws of "softmax"."""
     cases = judge.cases
     popular = cases.popularity.is_popular[base.items]
     classes = (~popular).astype(np.int64)
@@ -63,6 +69,10 @@ def rerank_sweeps(judge: Judge, base: Lists, names: Sequence[str]) -> Iterator[S
                 features = category_features(judge)[base.items]
                 orders = [maximal_marginal_relevance(base.scores, features, value) for value in LAMBDAS]
                 yield _sweep(base, name, "lambda", LAMBDAS, orders)
+            case "softmax":
+                noise = gumbel_noise(judge, base.items, seed)
+                orders = [softmax_order(base.scores, value, noise) for value in TEMPERATURES]
+                yield _sweep(base, name, "T", TEMPERATURES, orders)
             case "quota":
                 wanted = np.array([profile.quota(judge.k) for profile in cases.profiles])
                 yield _sweep(base, name, "", (0.0,), [quota(base.scores, popular, wanted, judge.k)])
@@ -81,6 +91,20 @@ def blend_sweep(generator: Lists, prompt: Lists) -> Sweep:
     theirs = np.take_along_axis(unit_relevance(prompt.scores), place, axis=1)
     orders = [order_by((1 - weight) * scores + weight * theirs) for weight in LAMBDAS]
     return Sweep(method, "w", LAMBDAS, tuple(generator.take(method, order) for order in orders))
+
+
+def gumbel_noise(judge: Judge, items: np.ndarray, seed: int) -> np.ndarray:
+    """(U, C) standard Gumbel draws of each user's candidates (U, C), the same for every method that ranks them."""
+    noise = np.empty(items.shape)
+    for row, key in enumerate(judge.cases.keys):
+        noise[row, np.argsort(items[row], kind="stable")] = stream(seed, "softmax", key).gumbel(size=items.shape[1])
+    return noise
+
+
+def mix_sweep(name: str, lists: Mapping[float, Lists]) -> Sweep:
+    """One ranker over the share of drawn niche items among its candidates, {share: lists}."""
+    shares = tuple(sorted(lists))
+    return Sweep(name + OVER_THE_MIX, "share", shares, tuple(lists[share] for share in shares))
 
 
 def category_features(judge: Judge) -> np.ndarray:

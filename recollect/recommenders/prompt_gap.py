@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from recollect.eval.pareto import PairedDraws
 from recollect.eval.statistics import Interval, entry
 from recollect.recommenders.prompt_curves import Sweep
 from recollect.recommenders.prompt_metrics import Judge, Lists
@@ -42,7 +41,7 @@ def niche_gap(
     def measured(lists: Lists) -> tuple[np.ndarray, float, np.ndarray]:
         column = judge.accuracy(lists.items)[ndcg]
         means = [column[inside].mean() for inside in outer]
-        drawn = [_group_means(draws, column, inside) for inside in outer]
+        drawn = [draws.group_mean(column, inside) for inside in outer]
         return column, float(means[0] - means[1]), drawn[0] - drawn[1]
 
     base, base_gap, base_draws = measured(generator)
@@ -74,13 +73,6 @@ def niche_gap(
         "n": {name: int(inside.sum()) for name, inside in zip(("mainstream", "niche"), outer, strict=True)},
         "rows": rows,
     }
-
-
-def _group_means(draws: PairedDraws, column: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(B,) means over the drawn users of a group; NaN where a draw holds none."""
-    weights = draws.weights[:, inside]
-    total = weights.sum(axis=1)
-    return np.where(total > 0, weights @ column[inside] / np.maximum(total, 1), np.nan)
 
 
 def _with_n(interval: Interval, outer: Sequence[np.ndarray]) -> Interval:

@@ -15,7 +15,7 @@ import numpy as np
 
 from recollect.eval.case_table import next_item_metrics
 from recollect.eval.class_calibration import calibration_columns
-from recollect.eval.list_metrics import coverage, gini, popularity_lift, recommendation_counts
+from recollect.eval.list_metrics import exposure_intervals, popularity_lift
 from recollect.eval.pareto import PairedDraws
 from recollect.eval.popularity import (
     average_popularity,
@@ -25,7 +25,7 @@ from recollect.eval.popularity import (
     tail_columns,
 )
 from recollect.eval.popularity_profiles import BANDS, GROUPS
-from recollect.eval.statistics import Interval, bootstrap_ratios, cluster_bootstrap, entry, paired_difference
+from recollect.eval.statistics import bootstrap_ratios, centred, entry, paired_difference
 from recollect.recommenders.prompt_cases import PromptCases
 
 
@@ -123,42 +123,48 @@ class Judge:
             n=resamples,
             seed=seed,
         )
-        counts = recommendation_counts(top, self.cases.popularity.n_items)
-        whole = {"ltc": self.coverage(items), "coverage": coverage(counts), "gini": gini(counts)}
+        every = np.ones_like(self.tail)
+        whole = exposure_intervals(top, self.users, every, resamples=resamples, seed=seed)
         popularity = average_popularity(top, self.cases.popularity.count)
         lift = popularity_lift(self.users, popularity, self._profile, resamples, seed)
-        nan = float("nan")
         draws = self.draws(resamples, seed)
         shares = {
-            name: draws.interval(whole.pop(name), draws.coverage(top, counted))
-            for name, counted in (("ltc", self.tail), ("coverage", np.ones_like(self.tail)))
+            name: draws.interval(value, draws.coverage(top, counted))
+            for name, value, counted in (
+                ("ltc", self.coverage(items), self.tail),
+                ("coverage", whole["coverage"].value, every),
+            )
         }
         return (
             {name: entry(interval) for name, interval in intervals.items()}
             | {self.name(name): entry(interval) for name, interval in shares.items()}
-            | {self.name(name): entry(Interval(value, nan, nan, len(ones))) for name, value in whole.items()}
-            | {self.name("dgap"): entry(lift)}
+            | {self.name("gini"): entry(whole["gini"]), self.name("dgap"): entry(lift)}
         )
 
     def groups(self, items: np.ndarray, *, resamples: int, seed: int) -> dict[str, Any]:
-        """{metric: {"niche", "balanced", "mainstream": entry, "gap", "worst"}} of every per-user metric.
+        """{metric: {"niche", "balanced", "mainstream", "gap": entry, "worst"}} of every per-user metric.
 
-        gap: largest minus smallest group mean; worst: the group with the lowest ndcg or recall, or the highest
-        miscalibration.
+        gap: largest minus smallest group mean, its draws moved onto the value, since chance alone makes it positive;
+        worst: the group with the lowest ndcg or recall, or the highest miscalibration.
         """
+        draws = self.draws(resamples, seed)
+        inside = {group: chosen for group in GROUPS if (chosen := self.cases.groups == group).any()}
         found: dict[str, Any] = {}
         for name, column in self.columns(items).items():
+            drawn = {group: draws.group_mean(column, chosen) for group, chosen in inside.items()}
+            values = {group: float(column[chosen].mean()) for group, chosen in inside.items()}
             by_group = {
-                group: entry(cluster_bootstrap(column[inside], self.users[inside], n=resamples, seed=seed))
-                for group in GROUPS
-                if (inside := self.cases.groups == group).any()
+                group: entry(draws.interval(values[group], drawn[group])._replace(n=int(chosen.sum())))
+                for group, chosen in inside.items()
             }
-            values = {group: value["value"] for group, value in by_group.items()}
+            gap = max(values.values()) - min(values.values())
+            every = np.stack(list(drawn.values()))
+            apart = centred(gap, every.max(axis=0) - every.min(axis=0))
             pick = max if name.startswith("mrmc") else min
             judged = name.startswith(("mrmc", "ndcg", "recall"))
             found[name] = {
                 **by_group,
-                "gap": max(values.values()) - min(values.values()),
+                "gap": entry(draws.interval(gap, apart)),
                 "worst": pick(values, key=lambda group: values[group]) if judged else None,
             }
         return found

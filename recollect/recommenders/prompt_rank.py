@@ -17,7 +17,7 @@ from recollect.backbones.journaled import Journaled
 from recollect.backbones.protocol import Backbone, Call
 from recollect.backbones.resolve import open_backbone, parse_model_name
 from recollect.config import build, run_manifest, to_dict
-from recollect.data import fingerprint, load_dataset
+from recollect.data import fingerprint, load_dataset, text_fingerprint
 from recollect.errors import InputError
 from recollect.io import prepare_out, write_json
 from recollect.journal import Journal
@@ -124,10 +124,11 @@ def _run(
     from recollect.recommenders.prompt_rank_report import make_report
 
     prompts = make_prompts(config, cases, backbone.control_tokens)
-    data = fingerprint(cases.dataset)
+    data, texts = fingerprint(cases.dataset), text_fingerprint(cases.dataset)
     identity = {
         "options": config.identity(),
         "data": data,
+        "item_texts": texts,
         "backbone": backbone.fingerprint,
         "template": prompts.version,
     }
@@ -142,7 +143,7 @@ def _run(
             {"backbone": backbone.fingerprint, "generator": config.generator},
             config.seed,
         )
-        manifest["template"] = prompts.version
+        manifest |= {"template": prompts.version, "text_fingerprint": texts}
         write_json(out / "run.json", manifest)
         model = Journaled(backbone, journal, batch_size=config.batch_size)
         ranker = make_ranker(config, prompts)
@@ -234,8 +235,8 @@ def answer_all(
 ) -> dict[str, list[RankingResponse | None]]:
     """Every variant's answer for every user. All variants of a few users are asked together: they share prefixes."""
     n_users = len(variants[0].requests)
-    everyone = [request for request in variants[0].requests if request is not None]
-    ranker.prepare(model.answer, np.concatenate([request.candidates for request in everyone]))
+    everything = [request.candidates for variant in variants for request in variant.requests if request is not None]
+    ranker.prepare(model.answer, np.concatenate(everything))
     responses: dict[str, list[RankingResponse | None]] = {variant.name: [] for variant in variants}
     progress.stage("asking the model", n_users)
     for start in range(0, n_users, USERS_PER_BLOCK):

@@ -7,7 +7,9 @@ from typing import Literal
 
 from recollect.errors import ConfigError
 
-RERANKERS = ("cp", "poppen", "xquad", "mmr", "quota")
+RERANKERS = ("cp", "poppen", "xquad", "mmr", "quota", "softmax")
+DRAWN_SHARE = {"retrieval": 0.0, "mixed": 0.5}
+"""Share of drawn niche items in a candidate set."""
 ATTRIBUTES = ("gender", "age", "occupation")
 
 
@@ -41,6 +43,10 @@ class PromptRankConfig:
 
     candidate_set: Literal["retrieval", "mixed", "full"] = "retrieval"
     """Top of the generator, half of it with as many drawn niche items, or the whole catalogue (not by labels)."""
+
+    mix: tuple[float, ...] = ()
+    """Shares of drawn niche items among the candidates, e.g. 0.25,0.5,0.75, at which base and fairlrm are asked once
+    more each, for a curve over the mix; none by default."""
 
     candidates: int = 20
     """Candidates per user; with the full catalogue, how many of its best are kept."""
@@ -97,7 +103,7 @@ class PromptRankConfig:
     """Length of a written list, in tokens (generate)."""
 
     rerankers: tuple[str, ...] = RERANKERS
-    """Post-hoc re-rankers drawn beside the prompts: cp, poppen, xquad, mmr, quota; none for no curve."""
+    """Post-hoc re-rankers drawn beside the prompts: cp, poppen, xquad, mmr, quota, softmax; none for no curve."""
 
     resamples: int = 1000
     """Bootstrap resamples of the users behind every interval."""
@@ -158,6 +164,13 @@ class PromptRankConfig:
                 f"no prompt can list the whole catalogue for {self.backend!r}; use backend title_loglik or yes_no, "
                 "or candidate_set retrieval or mixed"
             )
+        for share in self.mix:
+            if not 0 <= share <= 1:
+                raise ConfigError(f"mix must hold shares between 0 and 1, got {share!r}")
+        if len(set(self.mix)) != len(self.mix):
+            raise ConfigError(f"mix names a share more than once: {', '.join(f'{share:g}' for share in self.mix)}")
+        if self.mix and self.candidate_set == "full":
+            raise ConfigError("the full catalogue is not mixed; leave mix out, or use candidate_set retrieval or mixed")
         if self.candidate_set == "full" and self.insert_target:
             raise ConfigError("the full catalogue already holds the target; leave insert_target out")
         if self.orders == "retrieval" and self.permutations != 1:
@@ -172,9 +185,9 @@ class PromptRankConfig:
     def identity(self) -> dict[str, object]:
         """The options a resumed run must share.
 
-        Answers are kept by what was asked, so a resumed run may add users, presets, controls and attributes, and judge
-        otherwise.
+        Answers are kept by what was asked, so a resumed run may add users, presets, controls, attributes and candidate
+        mixes, and judge otherwise.
         """
-        asked_more = {"users", "preset", "controls", "attributes", "rerankers", "resamples", "k", "compare"}
+        asked_more = {"users", "preset", "controls", "attributes", "mix", "rerankers", "resamples", "k", "compare"}
         loose = {"concurrency", "server_patience", "out", "resume", "overwrite", "dry_run"}
         return {name: value for name, value in vars(self).items() if name not in asked_more | loose}

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recollect.eval.popularity_profiles import GROUPS
+from recollect.recommenders.prompt_cases import CURVE_PRESETS
+from recollect.recommenders.prompt_curves import OVER_THE_MIX
 from recollect.recommenders.prompt_metrics import Judge
 from recollect.types import Report
 
@@ -35,6 +37,7 @@ def make_panels(report: Report, judge: Judge, generator: str, presets: Sequence[
         panels.append(_niche_gap(sections["niche_gap"]))
     for plane, content in sections["curves"].items():
         panels.append(_pareto(plane, content, sections["models"], generator, presets))
+        panels += _drawn(plane, content, sections["models"], generator, presets)
         panels.append(_volumes(plane, content))
     return panels
 
@@ -94,14 +97,15 @@ def _groups(groups: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
         for metric in ("ndcg", "recall", "mrmc", "tail_share", "lpd"):
             found = by_metric[judge.name(metric)]
             cells = [_cell(found.get(group)) for group in GROUPS]
-            rows.append([method, judge.name(metric), *cells, found["gap"], found["worst"] or "–"])
+            rows.append([method, judge.name(metric), *cells, _cell(found["gap"]), found["worst"] or "–"])
     sizes = {group: int((judge.cases.groups == group).sum()) for group in GROUPS}
     return {
         "kind": "table",
         "title": "By group of users",
         "note": "Groups by the popular share of the training history (lowest fifth, middle, highest fifth); "
         + ", ".join(f"{group}: {size}" for group, size in sizes.items())
-        + " users here.",
+        + " users here. Gap = largest minus smallest; chance alone makes it positive, so its draws are moved onto the "
+        "value.",
         "columns": ["method", "metric", *GROUPS, "gap", "worst group"],
         "rows": rows,
     }
@@ -210,17 +214,71 @@ def _pareto(
     generator: str,
     presets: Sequence[str],
 ) -> dict[str, Any]:
-    gain, cost = content["gain"], content["cost"]
     wanted = [f"{generator} + {name}" for name in ("cp", "poppen", "xquad")]
     wanted += ["fairlrm + cp", f"{generator} mixed with fairlrm"]
     known = {curve["method"]: curve for curve in content["curves"] if len(curve["points"]) > 1}
     drawn = [known[name] for name in wanted if name in known]
-    drawn += [curve for curve in known.values() if curve not in drawn][: max(0, CURVES_DRAWN - len(drawn))]
-    marks = {name: models[name] for name in (generator, *presets, f"{generator} + quota") if name in models}
+    left = [curve for name, curve in known.items() if curve not in drawn and not _has_own_plot(name)]
+    drawn += left[: max(0, CURVES_DRAWN - len(drawn))]
+    return _curves(
+        f"NDCG against {_LEVELS[plane]}",
+        "Curves run over the knob of a method; grey points are single prompts and the generator.",
+        content,
+        drawn,
+        {name: models[name] for name in (generator, *presets, f"{generator} + quota") if name in models},
+    )
+
+
+_OWN_PLOTS = {
+    " + softmax": (
+        "over temperature",
+        "softmax: one list per user drawn place by place from softmax(score / T), T in standard deviations of the "
+        "user's scores, the same noise at every T; T = 0 is the method itself.",
+    ),
+    OVER_THE_MIX: (
+        "over the candidate mix",
+        "Share of the candidates that are niche items drawn at random in place of the last retrieved ones; the "
+        "generator ranks the same candidates by its own scores.",
+    ),
+}
+"""By the end of a curve's name: its plot's title and note."""
+
+
+def _has_own_plot(method: str) -> bool:
+    return method.endswith(tuple(_OWN_PLOTS))
+
+
+def _drawn(
+    plane: str,
+    content: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    generator: str,
+    presets: Sequence[str],
+) -> list[dict[str, Any]]:
+    """The curves over temperature, and those over the candidate mix."""
+    marks = {
+        name: models[name] for name in (generator, *presets) if name in models and name in (generator, *CURVE_PRESETS)
+    }
+    panels = []
+    for ending, (title, note) in _OWN_PLOTS.items():
+        drawn = [curve for curve in content["curves"] if curve["method"].endswith(ending)]
+        if drawn:
+            panels.append(_curves(f"NDCG against {_LEVELS[plane]}, {title}", note, content, drawn, marks))
+    return panels
+
+
+def _curves(
+    title: str,
+    note: str,
+    content: Mapping[str, Any],
+    drawn: Sequence[Mapping[str, Any]],
+    marks: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    gain, cost = content["gain"], content["cost"]
     return {
         "kind": "pareto",
-        "title": f"NDCG against {_LEVELS[plane]}",
-        "note": "Curves run over the knob of a method; grey points are single prompts and the generator.",
+        "title": title,
+        "note": note,
         "series": {
             curve["method"]: {
                 "x": [point[gain]["value"] for point in curve["points"]],

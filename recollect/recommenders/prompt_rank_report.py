@@ -10,7 +10,7 @@ import numpy as np
 from recollect.eval.protocol import protocol_block
 from recollect.eval.statistics import holm
 from recollect.recommenders import prompt_rank_panels as panels
-from recollect.recommenders.prompt_cases import SHUFFLED, SWAPPED, PromptCases, Variant
+from recollect.recommenders.prompt_cases import CURVE_PRESETS, SHUFFLED, SWAPPED, PromptCases, Variant
 from recollect.recommenders.prompt_controls import (
     NOT_USED,
     attribute_stability,
@@ -20,16 +20,14 @@ from recollect.recommenders.prompt_controls import (
     verdict_text,
     written_lists,
 )
-from recollect.recommenders.prompt_curves import Sweep, blend_sweep, draw_curves, rerank_sweeps
+from recollect.recommenders.prompt_curves import Sweep, blend_sweep, draw_curves, mix_sweep, rerank_sweeps
 from recollect.recommenders.prompt_gap import niche_gap
 from recollect.recommenders.prompt_metrics import Judge, Lists, primary, stacked
-from recollect.recommenders.prompt_rank_config import PromptRankConfig
+from recollect.recommenders.prompt_rank_config import DRAWN_SHARE, PromptRankConfig
 from recollect.recommenders.prompted import RankingResponse
 from recollect.types import Report
 
 RAW = " (raw likelihood)"
-CURVE_PRESETS = ("base", "fairlrm")
-"""Prompts whose lists the re-rankers are stacked on; every preset is mixed with the generator."""
 
 
 def make_report(
@@ -56,7 +54,9 @@ def make_report(
         if variant.name != SWAPPED
     }
     prompted = {name: _lists(name, found, config.candidates) for name, found in complete.items()}
-    presets = {name: lists for name, lists in prompted.items() if name not in told and name != SHUFFLED}
+    mixes = [variant for variant in variants if variant.share is not None]
+    others_than_presets = told | {SHUFFLED} | {variant.name for variant in mixes}
+    presets = {name: lists for name, lists in prompted.items() if name not in others_than_presets}
     generator = _generator_lists(config, cases)
     rows: dict[str, Lists] = {config.generator: generator, **prompted}
     rows |= {
@@ -65,12 +65,18 @@ def make_report(
         if found[0].raw_scores is not None
     }
     models = {name: judge.table(lists.items, **options) for name, lists in rows.items()}
+    models |= {variant.name: _full_only(models[variant.name]) for variant in mixes}
     models |= {name: _full_only(judge.table(items, **options)) for name, items in others.items()}
     for variant in variants:
         if variant.name in complete:
             models[variant.name] |= _costs_of(costs.get(variant.site), len(cases))
     first = primary(presets)
     sweeps = _sweeps(judge, config, generator, presets)
+    mixed: dict[str, dict[float, Lists]] = {}
+    for variant in mixes:
+        assert variant.share is not None  # what makes it one of them
+        mixed.setdefault(variant.preset, {})[variant.share] = prompted[variant.name]
+    sweeps += _mix_sweeps(config, cases, generator, presets, mixed)
     curves = draw_curves(judge, sweeps, **options) if sweeps else {}
     for sweep in sweeps:
         if sweep.method.endswith(" + quota"):
@@ -152,13 +158,33 @@ def _generator_lists(config: PromptRankConfig, cases: PromptCases) -> Lists:
 def _sweeps(judge: Judge, config: PromptRankConfig, generator: Lists, presets: Mapping[str, Lists]) -> list[Sweep]:
     if not config.rerankers:
         return []
-    sweeps = list(rerank_sweeps(judge, generator, config.rerankers))
+    sweeps = list(rerank_sweeps(judge, generator, config.rerankers, config.seed))
     for name in CURVE_PRESETS:
         if name in presets:
-            sweeps += rerank_sweeps(judge, presets[name], config.rerankers)
+            sweeps += rerank_sweeps(judge, presets[name], config.rerankers, config.seed)
     if config.candidate_set != "full":  # lists cut from the catalogue hold different items
         sweeps += [blend_sweep(generator, lists) for lists in presets.values()]
     return sweeps
+
+
+def _mix_sweeps(
+    config: PromptRankConfig,
+    cases: PromptCases,
+    generator: Lists,
+    presets: Mapping[str, Lists],
+    mixed: Mapping[str, Mapping[float, Lists]],
+) -> list[Sweep]:
+    """The generator, and every prompt that was asked at other mixes, over the share of drawn candidates.
+
+    Args:
+        mixed: {preset: {share: lists}}.
+    """
+    if not cases.mixes:
+        return []
+    own = DRAWN_SHARE[config.candidate_set]
+    of_generator = {share: _generator_lists(config, other) for share, other in cases.mixes.items()}
+    sweeps = [mix_sweep(config.generator, {own: generator, **of_generator})]
+    return sweeps + [mix_sweep(name, {own: presets[name], **lists}) for name, lists in mixed.items()]
 
 
 def _costs_of(cost: Mapping[str, float] | None, n_users: int) -> dict[str, dict[str, Any]]:

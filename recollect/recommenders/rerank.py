@@ -6,9 +6,10 @@ All take (U, C) candidates and any model's scores and give a whole order; lambda
 - `poppen`: score - beta ln pop.  - `xquad`: greedily argmax (1-l) rel + l sum_c p_u(c) [i in c] (share of the list not
   in c), the smooth form over popularity classes (arXiv 1901.07555).  - `mmr`: greedily (1-l) rel - l max similarity.
 - `quota`: exactly round(K rho~) popular items in the first K where the set allows, best first within each class.
+- `softmax`: an order drawn place by place from softmax(score / T) of what is left (Plackett-Luce).
 
-rel is the score scaled to 0..1 per user; for `poppen` it is standardised per user, so that one grid of beta serves any
-scorer [our design]. Equal values keep the order given.
+rel is the score scaled to 0..1 per user; for `poppen` and `softmax` it is standardised per user, so that one grid of
+beta or T serves any scorer [our design]. Equal values keep the order given.
 """
 
 from __future__ import annotations
@@ -97,6 +98,21 @@ def popularity_penalty(scores: np.ndarray, counts: np.ndarray, strength: float) 
     if not 0 <= strength < float("inf"):
         raise ConfigError(f"beta must be a finite number, 0 or more, got {strength!r}")
     return order_by(standard_relevance(scores) - strength * np.log(np.maximum(counts, 1)))
+
+
+def softmax_order(scores: np.ndarray, temperature: float, noise: np.ndarray) -> np.ndarray:
+    """`softmax`: (U, C) positions by standardised score + T noise, which draws from Plackett-Luce.
+
+    Args:
+        temperature: T; 0 is the order given, and a large one a random order.
+        noise: (U, C) standard Gumbel draws; the same for every T, so that a curve over T is smooth.
+
+    Raises:
+        ConfigError: T is negative or not finite.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"the temperature must be a finite number, 0 or more, got {temperature!r}")
+    return order_by(standard_relevance(scores) + temperature * noise)
 
 
 def xquad(scores: np.ndarray, classes: np.ndarray, target: np.ndarray, strength: float) -> np.ndarray:

@@ -9,6 +9,7 @@ query, key and value read the normalised states.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,6 +35,11 @@ class SASRecBlock(nn.Module):
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), batch))
         return x + self.feedforward(self.feedforward_norm(x))
 
+    def at_last(self, x: Tensor, batch: Batch) -> Tensor:
+        """(M, D) -> (B, D): `forward` at the last position of each sequence."""
+        x = x[batch.last] + self.attention_dropout(self.attention.at_last(self.attention_norm(x), batch))
+        return x + self.feedforward(self.feedforward_norm(x))
+
 
 class SASRecModule(CausalModule):
     """Jagged batch -> hidden state of every position; scores are products with the item embedding."""
@@ -51,11 +57,23 @@ class SASRecModule(CausalModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """(M, D): the state at position t has seen items 0..t of its sequence and nothing else."""
-        x = self.items(batch.items) * math.sqrt(self.config.hidden) + self.positions(batch.place)
-        x = self.dropout(x)
+        x = self.read(batch)
         for block in self.blocks:
             x = block(x, batch)
         return self.norm(x)
+
+    def read(self, batch: Batch) -> Tensor:
+        """(M, D): items and positions, as they enter the first block."""
+        vectors = self.items(batch.items)
+        return self.dropout(vectors * math.sqrt(self.config.hidden) + self.positions(batch.place))
+
+    def user_vectors(self, batch: Batch) -> Tensor:
+        """(B, D) the state after the last item: the last block works for that position only."""
+        x = self.read(batch)
+        for block in self.blocks[:-1]:
+            x = block(x, batch)
+        last: Any = self.blocks[-1]
+        return self.norm(last.at_last(x, batch))
 
 
 class SASRec(NeuralRecommender):

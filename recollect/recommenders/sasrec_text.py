@@ -42,14 +42,10 @@ class SASRecTextModule(SASRecModule):
         self.projection = nn.Linear(text.shape[1], config.hidden, bias=False)
         nn.init.xavier_normal_(self.projection.weight)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def read(self, batch: Batch) -> Tensor:
         """(M, D): as SASRec's, on the item vectors with text."""
         vectors = self.items(batch.items) + self.projection(self.text[batch.items])
-        x = vectors * math.sqrt(self.config.hidden) + self.positions(batch.place)
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, batch)
-        return self.norm(x)
+        return self.dropout(vectors * math.sqrt(self.config.hidden) + self.positions(batch.place))
 
     def item_vectors(self) -> Tensor:
         """(n_items, D)."""

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
+from recollect.data.item_text import item_texts
 from recollect.errors import ConfigError, InputError
 from recollect.eval.protocol import data_fingerprint
-from recollect.io import atomic_open, canonical_json, sha256_text
+from recollect.io import canonical_json, sha256_text, write_arrays
 from recollect.recommenders.closed_form import ClosedForm, check_question, of_candidates
 from recollect.recommenders.configs import SASRecConfig
-from recollect.types import Catalog, Dataset, Split
+from recollect.types import Dataset, Split
 
 if TYPE_CHECKING:
     from recollect.backbones.embedding import Embedder
@@ -59,15 +60,6 @@ class SASRecTextConfig(SASRecConfig):
             raise ConfigError(f"text_size must be at least 1, got {self.text_size!r}")
 
 
-def item_texts(catalog: Catalog) -> list[str]:
-    """What is embedded of each item: title, categories and text, in that order, joined by ". "."""
-    texts = []
-    for title, categories, text in zip(catalog.titles, catalog.categories, catalog.texts, strict=True):
-        parts = [str(title or ""), ", ".join(categories), str(text or "")]
-        texts.append(". ".join(part for part in parts if part))
-    return texts
-
-
 def item_vectors(dataset: Dataset, embedder: str | Embedder, cache: str | Path | None = None) -> np.ndarray:
     """Unit vector of each item's text, (n_items, D) float32.
 
@@ -78,7 +70,7 @@ def item_vectors(dataset: Dataset, embedder: str | Embedder, cache: str | Path |
     Raises:
         InputError: no item has any text.  ModelFileError: the embedder cannot be had.
     """
-    from safetensors.numpy import load_file, save
+    from safetensors.numpy import load_file
 
     from recollect.backbones.resolve import open_embedder
 
@@ -96,8 +88,7 @@ def item_vectors(dataset: Dataset, embedder: str | Embedder, cache: str | Path |
         if opened is not embedder:
             opened.close()
     if path is not None:
-        with atomic_open(path, "wb") as handle:
-            handle.write(save({"vectors": vectors}))
+        write_arrays(path, {"vectors": vectors})
     return vectors
 
 

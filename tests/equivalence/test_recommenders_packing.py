@@ -132,6 +132,17 @@ def test_a_later_item_changes_no_earlier_state(variant):
     assert (before[9:12] - after[9:12]).abs().amax(1).min() > 1e-6
 
 
+@pytest.mark.parametrize("variant", CAUSAL)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_user_is_the_state_after_the_last_item(variant, blocks):
+    module = fresh(variant, blocks=blocks)
+    for lengths in ([12, 9, 5, 5, 4, 3, 2, 2, 2, 1], [4, 4, 4], [1]):
+        items = np.random.default_rng(0).integers(40, size=sum(lengths))
+        batch = make_batch(items, np.array(lengths, dtype=np.int64))
+        with torch.no_grad():
+            torch.testing.assert_close(module.user_vectors(batch), module(batch)[batch.last], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", SEQUENTIAL)
 def test_the_order_of_a_history_matters(variant):
     module = fresh(variant)

@@ -1,6 +1,7 @@
 """Damaged, hostile and absent model files are refused by name; nothing half-made stays in the cache."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,37 @@ def test_two_processes_prepare_a_model_once(tmp_path):
     outputs = [child.communicate(timeout=60)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0, 0]
     assert "".join(outputs) == "unpacked"
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"),
+    [
+        ({"n_layers": 4}, "'base_model.model.model.layers.3.*' is in one of the two only"),
+        ({"n_layers": 2}, "'base_model.model.model.layers.2.*' is in one of the two only"),
+        ({"hidden": 16}, "size mismatch|shape"),
+    ],
+)
+def test_an_adapter_for_another_base_model_is_refused(tmp_path, made_for, message):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from support.tiny_decoder import write_tiny_decoder
+    from transformers import AutoModelForCausalLM
+
+    from recollect.backbones.transformers_engine import load_causal_model
+
+    base = write_tiny_decoder(tmp_path / "base", n_layers=3)
+    own = write_tiny_decoder(tmp_path / "own", n_layers=3)
+    other = write_tiny_decoder(tmp_path / "other", **made_for)
+    for folder in (own, other):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(folder / "adapter")
+    plain = load_causal_model(base, None, "float32").state_dict()
+    merged = load_causal_model(base, own / "adapter", "float32").state_dict()
+    changed = {name for name, tensor in merged.items() if not tensor.equal(plain[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)}
+    with pytest.raises(ModelFileError, match="does not fit the model in") as refused:
+        load_causal_model(base, other / "adapter", "float32")
+    assert re.search(message, str(refused.value))
+    assert "it was trained on" in str(refused.value)
 
 
 def test_an_adapter_is_merged_and_changes_the_fingerprint(smollm2_dir, tmp_path):

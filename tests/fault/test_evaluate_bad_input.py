@@ -41,7 +41,7 @@ def log():
         ({"mask": "everything"}, ConfigError, "'mask' .* one of history, none, train, got 'everything'"),
         ({"protocol": "random"}, ConfigError, "one of loo, gts"),
         ({"resume": True, "overwrite": True}, ConfigError, "exclude each other"),
-        ({"nonsense": 1}, ConfigError, "unknown key 'nonsense' .* known: batch_size"),
+        ({"nonsense": 1}, ConfigError, "unknown key 'nonsense' .* known: attributes, batch_size"),
     ],
 )
 def test_illegal_options(log, options, kind, message, tmp_path):

@@ -37,6 +37,35 @@ def test_nan_scores_name_the_case_the_user_and_the_model(world, split, scores):
             evaluate_ranker(FixedScores(scores), world, split, batch_size=batch_size)
 
 
+def test_infinite_scores_are_ranked(world, split, scores):
+    finite = evaluate_ranker(FixedScores(scores), world, split)
+    infinite = scores.copy()
+    infinite[np.arange(len(scores)), scores.argmax(axis=1)] = np.inf
+    infinite[np.arange(len(scores)), scores.argmin(axis=1)] = -np.inf
+    found = evaluate_ranker(FixedScores(infinite), world, split)
+    np.testing.assert_array_equal(found.greater, finite.greater)
+    np.testing.assert_array_equal(found.lists, finite.lists)
+
+
+@pytest.mark.parametrize("kind", ["own", "read-only", "strided", "double", "one row for all"])
+def test_a_models_own_arrays_are_left_as_they_were(world, split, scores, kind):
+    given = {
+        "own": scores,
+        "read-only": scores.copy(),
+        "strided": np.repeat(scores, 2, axis=1)[:, ::2],
+        "double": scores.astype(np.float64),
+        "one row for all": np.lib.stride_tricks.as_strided(scores[0], scores.shape, (0, scores.itemsize)),
+    }[kind]
+    if kind == "read-only":
+        given.flags.writeable = False
+    before = given.copy()
+    table = evaluate_ranker(FixedScores(given), world, split, batch_size=7)
+    np.testing.assert_array_equal(given, before)
+    again = evaluate_ranker(FixedScores(before), world, split)
+    np.testing.assert_array_equal(table.greater, again.greater)
+    np.testing.assert_array_equal(table.lists, again.lists)
+
+
 def test_scores_of_another_shape_are_refused(world, split, scores):
     padded = np.concatenate([np.zeros((len(scores), 1), dtype=np.float32), scores], axis=1)
     with pytest.raises(InputError, match=r"\(40, 61\) where \(40, 60\).*without a padding column"):

@@ -9,8 +9,9 @@ from support.ranking_worlds import FixedScores, log_dataset, random_world
 
 import recollect
 from recollect.data import leave_one_out
+from recollect.errors import InputError
 from recollect.eval.comparison import compare_models
-from recollect.eval.list_metrics import exposure_intervals, popularity_lift
+from recollect.eval.list_metrics import exposure_intervals, popularity_lift, spread_interval
 from recollect.eval.ranking import evaluate_ranker
 from recollect.eval.statistics import bootstrap_table
 from recollect.recommenders.evaluate_groups import user_groups
@@ -63,6 +64,42 @@ def test_groups_are_made_from_training_events_only():
     assert user_groups({"row": [table]}, other, split, "ndcg@10", seed=0) == before
 
 
+def test_a_gap_planted_in_an_attribute_is_found_and_shown(tmp_path):
+    # Odd users take item 41 after item 40, as they did before; even users take something nobody else has.
+    generator = stream(9, "odd")
+    first = [generator.choice(40, size=4, replace=False).tolist() for _ in range(60)]
+    sequences = [
+        items + ([40, 41, 40, 41] if user % 2 else [40, items[0], 40, 42 + user]) for user, items in enumerate(first)
+    ]
+    user = np.repeat(np.arange(60), 8)
+    world = log_dataset(user, np.concatenate(sequences), np.arange(len(user)), 110)
+    told = {
+        "side": np.array([("odd" if user % 2 else "even") if user < 50 else "" for user in range(60)], dtype=object),
+        "number": np.array([str(user) for user in range(60)], dtype=object),
+    }
+    world = replace(world, users=replace(world.users, attributes=told))
+    options = {"models": ("pop", "markov"), "core": 0}
+    report = recollect.evaluate(world, attributes=("side",), out=tmp_path / "run", **options)
+    found = report.sections["user_groups"]["side"]["markov"]
+    assert {name: row["n"] for name, row in found["groups"].items()} == {"even": 25, "odd": 25}
+    assert found["n_ungrouped"] == 10
+    assert found["worst"]["group"] == "even"
+    assert found["groups"]["odd"]["value"] > 0.9
+    assert found["groups"]["even"]["value"] < 0.1 < 0.8 < found["gap"]["ci95"][0]
+    table = next(panel for panel in report.sections["panels"] if panel["title"] == "NDCG@10 by side of users")
+    assert table["columns"] == ["model", "even", "odd", "gap", "worst"]
+    assert "even 25, odd 25" in table["note"]
+    assert "NDCG@10 by side of users" in (tmp_path / "run" / "report.html").read_text()
+    for name, message in (
+        ("height", "unknown user attribute 'height'"),
+        ("number", r"'number' of 'toy' has 60 values where 1 to 30"),
+        ("activity", "a partition that is always there"),
+    ):
+        with pytest.raises(InputError, match=message):
+            recollect.evaluate(world, attributes=(name,), out=tmp_path / name, **options)
+        assert not (tmp_path / name).exists()
+
+
 @pytest.fixture(scope="module")
 def popular_half(tmp_path_factory):
     """Histories are half "common", half "rare"; the 12 common items are the popular ones, so `pop` lists only them."""
@@ -105,12 +142,18 @@ def test_page_and_json_hold_both_tables_and_exposure_with_intervals(popular_half
     # Everybody is shown the same ten items, in every resample.
     shown = report.sections["models"]["pop"]["coverage@10"]
     assert shown["ci95"] == pytest.approx([shown["value"]] * 2)
+    even = panels["How evenly the catalogue is shown"]
+    assert even["columns"][1:5] == ["entropy@10", "entropy_share@10", "ltc@10:items20", "ltc@10:mass80"]
+    for cell in (cell for row in even["rows"] for cell in row[1:]):
+        assert (cell["value"] is None) == (cell["ci95"] == [None, None])
+        if cell["value"] is not None:
+            assert cell["ci95"][0] - 1e-12 <= cell["value"] <= cell["ci95"][1] + 1e-12
     page = (out / "report.html").read_text()
     assert "NDCG@10 by group of users" in page
     assert "Are the categories of a list those of the history?" in page
 
 
-def test_intervals_of_coverage_and_gini_hold_the_expected_values_which_raw_draws_of_users_do_not():
+def test_intervals_of_what_all_lists_have_together_hold_the_expected_values_which_raw_draws_of_users_do_not():
     n_users, k, per_place, repetitions = 200, 5, 40, 100
     share = 1 / np.arange(1, per_place + 1)
     share /= share.sum()
@@ -120,15 +163,44 @@ def test_intervals_of_coverage_and_gini_hold_the_expected_values_which_raw_draws
     found = []
     for repetition in range(repetitions):
         lists = generator.choice(per_place, size=(n_users, k), p=share) + per_place * np.arange(k)
-        found.append(exposure_intervals(lists, np.arange(n_users), candidate, resamples=200, seed=repetition))
+        options = {"tails": {":rare": np.arange(k * per_place) % per_place >= 8}, "resamples": 200, "seed": repetition}
+        found.append(exposure_intervals(lists, np.arange(n_users), candidate, **options))
         assert found[-1]["coverage"].n == n_users
-    for name, truth in (("coverage", expected), ("gini", np.mean([one["gini"].value for one in found]))):
+    means = {name: np.mean([one[name].value for one in found]) for name in ("gini", "entropy", "entropy_share")}
+    rare = 1 - ((1 - share[8:]) ** n_users).mean()
+    for name, truth in (("coverage", expected), ("ltc:rare", rare), *means.items()):
         held = np.mean([one[name].low <= truth <= one[name].high for one in found])
         assert held >= 0.85, (name, held)
     assert np.mean([one["coverage"].value for one in found]) == pytest.approx(expected, abs=0.01)
     # Without the shift, a resample of the last sample shows far fewer items than the sample itself.
     drawn = [len(np.unique(lists[generator.integers(n_users, size=n_users)])) / len(candidate) for _ in range(100)]
     assert np.mean(np.array(drawn) < found[-1]["coverage"].value) > 0.97
+
+
+@pytest.mark.parametrize(("of_head", "of_tail", "least"), [(0.3, 0.1, 0.9), (0.2, 0.2, 0.9), (0.05, 0.0, 1.0)])
+def test_intervals_of_equal_exposure_hold_the_planted_spread(of_head, of_tail, least):
+    n_users, possible, repetitions = 150, np.array([4, 16]), 60
+    generator = stream(7, "spread", round(of_head * 100))
+    truth = abs(of_head - of_tail) / (of_head + of_tail)
+    held, raw = [], []
+    for repetition in range(repetitions):
+        shown = generator.binomial(possible, [of_head, of_tail], size=(n_users, 2))
+        found = spread_interval(
+            shown, np.tile(possible, (n_users, 1)), np.arange(n_users), resamples=200, seed=repetition
+        )
+        assert 0 <= found.low <= found.high <= 1
+        held.append(found.low <= truth <= found.high)
+        raw.append(found.value)
+    assert np.mean(held) >= least
+    assert np.mean(raw) == pytest.approx(truth, abs=0.06)
+
+
+def test_the_spread_of_one_user_or_of_nothing_has_no_interval():
+    one = spread_interval(np.array([[2, 1]]), np.array([[4, 4]]), np.array([7]))
+    assert one.value == pytest.approx(1 / 3)
+    assert np.isnan([one.low, one.high]).all()
+    nothing = spread_interval(np.zeros((5, 2), dtype=int), np.zeros((5, 2), dtype=int), np.arange(5))
+    assert np.isnan([nothing.value, nothing.low, nothing.high]).all()
 
 
 def test_the_interval_of_dgap_over_seeds_is_that_of_the_mean_list_not_of_each_seed():

@@ -14,6 +14,8 @@ from recollect.recommenders.rerank import (
     order_by,
     popularity_penalty,
     quota,
+    softmax_order,
+    standard_relevance,
     unit_relevance,
     xquad,
 )
@@ -41,6 +43,7 @@ def test_strength_zero_returns_the_ranking_given(kind):
         calibrated_popularity(scores, classes, target, 0.0, kind),
         xquad(scores, classes, target, 0.0),
         popularity_penalty(scores, counts, 0.0),
+        softmax_order(scores, 0.0, features.astype(np.float64)),
         maximal_marginal_relevance(scores, features[..., None] > 50, 0.0),
     ):
         assert (order == given).all()
@@ -131,3 +134,26 @@ def test_constant_scores_keep_the_order_and_bad_input_is_named():
         calibrated_popularity(np.full((3, 4), np.nan), classes, target, 0.5)
     with pytest.raises(ConfigError, match="beta"):
         popularity_penalty(np.ones((3, 4)), np.ones((3, 4)), -1.0)
+
+
+def test_softmax_draws_every_order_with_its_plackett_luce_probability():
+    scores, temperature, n = np.array([1.0, 0.2, -0.5]), 0.7, 40_000
+    noise = np.random.default_rng(0).gumbel(size=(n, 3))
+    orders = softmax_order(np.tile(scores, (n, 1)), temperature, noise)
+    weight = np.exp(standard_relevance(scores[None])[0] / temperature)
+    for order in itertools.permutations(range(3)):
+        left, probability = list(order), 1.0
+        for item in order:
+            probability *= weight[item] / weight[left].sum()
+            left.remove(item)
+        share = (orders == order).all(axis=1).mean()
+        assert abs(share - probability) < 4 * np.sqrt(probability * (1 - probability) / n), order
+
+
+def test_a_high_temperature_forgets_the_scores_and_an_illegal_one_is_refused():
+    scores, _, _ = world(5, users=4000, candidates=5)
+    first = softmax_order(scores, 1e6, np.random.default_rng(1).gumbel(size=scores.shape))[:, 0]
+    assert (first == order_by(scores)[:, 0]).mean() == pytest.approx(0.2, abs=0.03)
+    for value in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="temperature must be a finite number, 0 or more"):
+            softmax_order(scores, value, scores)

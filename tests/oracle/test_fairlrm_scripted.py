@@ -8,6 +8,7 @@ from support.fair_worlds import (
     follows_quota,
     knows_targets,
     long_tail_world,
+    make_dataset,
     reader,
     two_tastes_world,
 )
@@ -286,10 +287,78 @@ def test_report_holds_curves_with_intervals_and_hyper_volumes(world, tmp_path):
         for curve in plane["curves"]:
             assert 0 <= curve["hypervolume"]["value"] <= 1
             assert (curve["difference"] is None) == (curve["method"] == "pop + cp")
+    groups = report.sections["groups"]["fairlrm"][NDCG]
+    means = [groups[name]["value"] for name in ("niche", "balanced", "mainstream")]
+    low, high = groups["gap"]["ci95"]
+    assert groups["gap"]["value"] == pytest.approx(max(means) - min(means))
+    assert 0 <= low <= groups["gap"]["value"] <= high
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") >= 2
     assert "hyper-volume" in page
     assert report.protocol["fingerprint"]
+
+
+def curves_of(report, plane="calibration"):
+    return {curve["method"]: curve for curve in report.sections["curves"][plane]["curves"]}
+
+
+def values_of(curve, metric):
+    return [(point["value"], point[metric]["value"]) for point in curve["points"]]
+
+
+def test_a_curve_over_the_candidate_mix_asks_about_other_candidates(world, tmp_path):
+    cases, judge = judged(world, mix=(0.75, 1.0))
+    titles = world.catalog.titles
+    targets = {
+        tuple(titles[item] for item in history[-20:]): titles[target]
+        for history, target in zip(cases.histories, cases.targets, strict=True)
+    }
+    options = {"preset": ("base",), "controls": False, "mix": (0.75, 1.0), "rerankers": ("cp",)}
+    report = run(world, reader(knows_targets(targets), "oracle"), tmp_path, **options)
+    curves = curves_of(report)
+    retrieved = {0.0: judge.retrieved.mean()} | {share: other.retrieved.mean() for share, other in cases.mixes.items()}
+    assert len(set(retrieved.values())) == 3
+    assert dict(values_of(curves["base over the candidate mix"], NDCG)) == pytest.approx(retrieved)
+    assert f"{NDCG}|retrieved" not in report.sections["models"]["base (mix 0.75)"]
+    told = report.sections["models"]["base (mix 1)"]
+    assert told[TAIL]["value"] == pytest.approx(1), "every candidate is niche"
+    titles = [panel["title"] for panel in report.sections["panels"]]
+    assert "NDCG against MRMC (lower is better), over the candidate mix" in titles
+    assert "base over the candidate mix" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_echo_gives_the_generators_curve_over_the_mix_and_a_run_may_be_given_one_later(world, tmp_path):
+    options = {**IN_ORDER, "preset": ("base", "fairlrm"), "out": tmp_path / "later", "candidate_set": "mixed"}
+    prompt_rank(world, backbone=reader(echo, "echo"), **options)
+    model = reader(echo, "echo")
+    report = prompt_rank(world, backbone=model, resume=True, mix=(0.0, 0.5, 0.75), **options)
+    assert model.calls["choose"] == 2 * 2 * len(judged(world)[0]), "the run's own share is asked once"
+    for plane, cost in (("calibration", MRMC), ("coverage", LTC)):
+        curves = curves_of(report, plane)
+        for metric in (NDCG, cost):
+            expected = values_of(curves["pop over the candidate mix"], metric)
+            assert [share for share, _ in expected] == [0.0, 0.5, 0.75]
+            assert values_of(curves["base over the candidate mix"], metric) == expected
+            assert values_of(curves["fairlrm over the candidate mix"], metric) == expected
+    plan = prompt_rank(world, backbone="smollm2", dry_run=True, **{**options, "out": None}, mix=(0.0, 0.5, 0.75))
+    assert plan.ledger["calls"] == report.ledger["requests"] - 1  # the check of labels
+
+
+def test_a_curve_over_temperature_starts_at_the_method_itself_and_is_the_same_every_time(world, tmp_path):
+    options = {"preset": ("base",), "rerankers": ("softmax", "cp")}
+    report = run(world, reader(by_popularity, "popularity"), tmp_path, **options)
+    curves, models = curves_of(report), report.sections["models"]
+    for method in ("pop", "base"):
+        for metric in (NDCG, MRMC):
+            first = values_of(curves[f"{method} + softmax"], metric)[0]
+            assert first == (0.0, pytest.approx(models[method][metric]["value"]))
+    curve = values_of(curves["pop + softmax"], MRMC)
+    assert [value for value, _ in curve] == [0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0]
+    assert len({value for _, value in curve}) > 5
+    titles = [panel["title"] for panel in report.sections["panels"]]
+    assert "NDCG against long-tail coverage (higher is better), over temperature" in titles
+    again = run(world, reader(by_popularity, "popularity"), tmp_path, **options)
+    assert values_of(curves_of(again)["pop + softmax"], MRMC) == curve
 
 
 def test_a_reader_of_places_is_called_one(world, tmp_path):
@@ -313,6 +382,19 @@ def test_a_global_temporal_split_is_judged_on_the_last_event_after_the_cut(world
     assert report.metrics[NDCG] == report.sections["models"]["pop"][NDCG]
 
 
+def test_nan_scores_of_the_generator_and_users_without_a_past_are_refused(world, tmp_path, monkeypatch):
+    def broken(self, histories, candidates=None):
+        return np.full((len(histories), self.n_items), np.nan, dtype=np.float32)
+
+    monkeypatch.setattr(Popularity, "score", broken)
+    with pytest.raises(InputError, match="the candidate generator gave NaN scores"):
+        run(world, reader(echo, "echo"), tmp_path)
+    monkeypatch.undo()
+    short = make_dataset([(user, item) for user in range(6) for item in (0, 1)], 6, 30)
+    with pytest.raises(InputError, match="no test user of 'fair' has a training history; use a longer log"):
+        run(short, reader(echo, "echo"), tmp_path, candidates=4, k=2)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -326,6 +408,9 @@ def test_a_global_temporal_split_is_judged_on_the_last_event_after_the_cut(world
         ({"candidates": 800}, InputError, "fewer candidates"),
         ({"users": 0}, ConfigError, "at least 1"),
         ({"rerankers": ("best",)}, ConfigError, "xquad"),
+        ({"mix": (0.5, 1.5)}, ConfigError, "mix must hold shares between 0 and 1, got 1.5"),
+        ({"mix": (0.5, 0.5)}, ConfigError, "mix names a share more than once"),
+        ({"mix": (0.5,), "candidate_set": "full", "backend": "yes_no"}, ConfigError, "full catalogue is not mixed"),
     ],
 )
 def test_bad_options_are_refused_with_what_is_allowed(world, tmp_path, options, error, message):

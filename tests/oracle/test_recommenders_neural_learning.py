@@ -1,6 +1,7 @@
 """Every model trained by gradient learns a planted rule, reproducibly, and says no to what it cannot do."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,12 +72,8 @@ def test_validation_ndcg_is_the_mean_by_definition(world):
 def test_several_targets_of_a_case_count_as_cases_of_their_own(world):
     model = small_model("sasrec", epochs=1).fit(*world)
     cases = held_out_cases(*world, "valid")
-    both = type(cases)(
-        cases.item, cases.user, cases.start, cases.end, cases.first, cases.first + 2, cases.part, cases.history
-    )
-    second = type(cases)(
-        cases.item, cases.user, cases.start, cases.end, cases.first + 1, cases.first + 2, cases.part, cases.history
-    )
+    both = replace(cases, last=cases.first + 2)
+    second = replace(cases, first=cases.first + 1, last=cases.first + 2)
     expected = (validation_ndcg(model, cases) + validation_ndcg(model, second)) / 2
     assert validation_ndcg(model, both) == pytest.approx(expected, abs=1e-12)
 

@@ -10,8 +10,8 @@ from recollect.rng import stream
 from recollect.types import Catalog, Dataset, Interactions, Users
 
 
-def write_tiny_decoder(folder: Path, seed: int = 0, n_layers: int = 3) -> Path:
-    """A randomly initialised Llama (hidden 32) and a word tokenizer in `folder`."""
+def write_tiny_decoder(folder: Path, seed: int = 0, n_layers: int = 3, hidden: int = 32) -> Path:
+    """A randomly initialised Llama and a word tokenizer in `folder`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ def write_tiny_decoder(folder: Path, seed: int = 0, n_layers: int = 3) -> Path:
     )
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=n_layers,
         num_attention_heads=4,

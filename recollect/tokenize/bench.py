@@ -1,0 +1,212 @@
+"""`recollect.tokenize_bench`: several tokenizers on one array of item vectors, with the same seeds, in one table.
+
+Everything is measured on the same items and users: errors, usage, collisions, neighbours, behaviour, cost, and a small
+click model that sees items through their codes only. A baseline that fails its own check ends the run, for nothing
+could be concluded from the table. Collisions are left in place: what a method emits is what is compared.
+
+Source: semantic_ids 3.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recollect.config import build, run_manifest
+from recollect.errors import ResumeRefused
+from recollect.eval.report import table_csv
+from recollect.io import prepare_out, read_json, write_json, write_text
+from recollect.journal.lock import WriterLock
+from recollect.progress import Progress, SilentProgress
+from recollect.tokenize.bench_panels import AUC, RELATIVE
+from recollect.tokenize.bench_report import make_report
+from recollect.tokenize.bench_units import CODES_FILE, Unit, is_finished, make_units, run_unit
+from recollect.tokenize.downstream_cases import CaseSets, make_cases
+from recollect.tokenize.embeddings import Items, read_vectors
+from recollect.tokenize.methods import Entry, make_entries
+from recollect.tokenize.panels import cluster_panels, collision_panels, usage_curve
+from recollect.tokenize.run_config import BenchConfig
+from recollect.tokenize.same_run import check_same_run
+from recollect.tokenize.source import open_items, open_source, preprocessed
+from recollect.types import Dataset, Report
+
+
+def tokenize_bench(
+    data: str | Path | Dataset = "harbor",
+    *,
+    method_options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Compare item tokenizers on one catalogue.
+
+    Args:
+        data: bundled world, registered name, path, an .npy file of item vectors, or a `Dataset` (which `core` still
+            filters).
+        method_options: {row: {option: value}}; a row of another name than a method says which one by "method".
+        progress: where to say how far the run is; silent by default.
+        options: fields of `BenchConfig`.
+
+    Returns:
+        The report that was also written to the run folder (`out`; default: the first free
+        runs/tokenize-bench-DATA-N).
+
+    Raises:
+        InputError: bad data, vectors or options.
+        BaselineFailed: a method does not do what it must do by construction.
+        ResumeRefused: the run in `out` was made with other options or data.
+        JournalLocked: another process writes to `out`.
+    """
+    given = {"data": data.name if isinstance(data, Dataset) else str(data)}
+    named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    config = build(BenchConfig, {**given, **named}, "the options of tokenize_bench")
+    entries = make_entries(
+        config.methods,
+        method_options or {},
+        levels=config.levels,
+        codebook_size=config.codebook_size,
+        device=config.device,
+    )
+    progress = progress or SilentProgress()
+    progress.stage("reading the data")
+    source = open_source(data, config, core=config.core, seed=config.seed)
+    units = make_units(entries, config, source.dataset is not None)
+    if config.dry_run:
+        return _plan(config, source.n_items, entries, units)
+    out = prepare_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
+    lock = WriterLock(out / "run.json")
+    try:
+        manifest = _open_run(config, source.fingerprint, entries, units, out)
+        items = preprocessed(open_items(source, config, out, progress=progress), config, out)
+        manifest = _with_vectors(manifest, items, out)
+        cases = _cases(items, config)
+        for number, unit in enumerate(units, start=1):
+            if not is_finished(unit, out):
+                title = f"{unit.label}, seed {unit.seed} (row {number} of {len(units)})"
+                run_unit(unit, title, items, cases, config, out, progress)
+        progress.stage("comparing")
+        report = make_report(config, items, cases, units, out, manifest)
+        report.sections["panels"] += judged(report, items, units, config, out)
+        report.save(out)
+        write_text(out / "tables.csv", table_csv(report))
+    finally:
+        lock.release()
+    return report
+
+
+def free_folder(data: str) -> Path:
+    """The first of runs/tokenize-bench-DATA-1, -2, … that does not exist."""
+    name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in Path(data).name)
+    number = 1
+    while (folder := Path("runs") / f"tokenize-bench-{name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _cases(items: Items, config: BenchConfig) -> CaseSets | None:
+    if not config.downstream or items.dataset is None or items.split is None:
+        return None
+    return make_cases(items.dataset, items.split, train_cases=config.probe_cases, seed=config.seed)
+
+
+def judged(report: Report, items: Items, units: Sequence[Unit], config: BenchConfig, out: Path) -> list[dict[str, Any]]:
+    """Usage, map and collisions of the first seed of two rows: the one compared with and the best of the others."""
+    models = report.sections["models"]
+    metric, sign = (AUC, 1.0) if any(AUC in table for table in models.values()) else (RELATIVE, -1.0)
+    ranked = sorted(
+        (label for label in models if metric in models[label] and label != config.against),
+        key=lambda label: -sign * models[label][metric]["value"],
+    )
+    chosen = [label for label in (config.against, *ranked[:1]) if label in models] or list(models)[:1]
+    shown: list[dict[str, Any]] = []
+    for label in chosen:
+        unit = next(unit for unit in units if unit.label == label)
+        codes = np.array(read_vectors(out / unit.folder / CODES_FILE))
+        curve = usage_curve(codes, report.sections["rows"][label]["sizes"])
+        shown += [
+            {**curve, "title": f"{curve['title']}, {label}"},
+            *cluster_panels(items, codes, label=label, seed=config.seed),
+            *collision_panels(items, codes, label=label),
+        ]
+    return shown
+
+
+def _open_run(
+    config: BenchConfig, fingerprint: str, entries: Sequence[Entry], units: Sequence[Unit], out: Path
+) -> dict[str, Any]:
+    """Write `run.json`, or check that the run found there is this one; its content.
+
+    Raises:
+        ResumeRefused: the run in `out` is another one; the message names the first difference.
+    """
+    identity = {**config.identity(), "data_fingerprint": fingerprint}
+    path = out / "run.json"
+    held: dict[str, Any] = {}
+    if config.overwrite:
+        for name in ("rows", "floors"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("report.json", "report.html", "tables.csv"):
+            (out / name).unlink(missing_ok=True)
+    elif path.is_file():
+        held = read_json(path)
+        check_same_run(held, "tokenize-bench", identity, out)
+    for unit in units:
+        is_finished(unit, out)  # refuses a row that was made with other options, before anything is fitted
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+    models = {entry.label: entry.describe() for entry in entries}
+    manifest = run_manifest("tokenize-bench", options, fingerprint, models, config.seed)
+    manifest["identity"] = identity
+    manifest["vectors_sha256"] = held.get("vectors_sha256")
+    write_json(path, manifest)
+    return manifest
+
+
+def _with_vectors(manifest: dict[str, Any], items: Items, out: Path) -> dict[str, Any]:
+    """Record which vectors the rows were made on.
+
+    Raises:
+        ResumeRefused: the rows found in `out` were made on other vectors.
+    """
+    held = manifest.get("vectors_sha256")
+    if held not in (None, items.fingerprint):
+        raise ResumeRefused(
+            f"the rows in {out} were made on other item vectors; use the same embedder or another --out"
+        )
+    manifest["vectors_sha256"] = items.fingerprint
+    write_json(out / "run.json", manifest)
+    return manifest
+
+
+def _plan(config: BenchConfig, n_items: int, entries: Sequence[Entry], units: Sequence[Unit]) -> Report:
+    """What a run would do; nothing is embedded, fitted or written."""
+    out = None if config.out is None else Path(config.out)
+    finished = [unit for unit in units if config.resume and out is not None and is_finished(unit, out)]
+    rows = [
+        [
+            entry.label,
+            entry.spec.summary,
+            ", ".join(f"{key}={value}" for key, value in entry.describe()["options"].items()),
+        ]
+        for entry in entries
+    ]
+    panel = {
+        "kind": "table",
+        "title": "What would be fitted and measured",
+        "columns": ["row", "method", "options"],
+        "rows": rows,
+    }
+    numbers = {
+        "items": n_items,
+        "rows_to_run": len(units) - len(finished),
+        "rows_finished": len(finished),
+        "click_models": len(units) if any(unit.entry is None for unit in units) else 0,
+    }
+    protocol = {"data": config.data, "seeds": config.seeds, "dry_run": True}
+    return Report("tokenize-bench-plan", protocol, {}, ledger=numbers, sections={"panels": [panel]})
+
+
+__all__ = ["BenchConfig", "free_folder", "tokenize_bench"]

@@ -1,0 +1,112 @@
+"""From DATA to items with vectors: the log and catalogue as filtered, or an .npy file, then the vectors themselves.
+
+Two steps, because the second may cost minutes of embedding: a plan and the check of a run folder need only the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from recollect.data import fingerprint as data_fingerprint
+from recollect.data import k_core, leave_one_out, load_dataset
+from recollect.errors import ConfigError
+from recollect.io import canonical_json, sha256_file, sha256_text
+from recollect.progress import Progress
+from recollect.tokenize.embeddings import Items, items_of_dataset, items_of_file, read_vectors
+from recollect.tokenize.run_config import BenchConfig, ItemOptions, TokenizeConfig
+from recollect.types import Dataset, Split
+
+_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where items come from: a data set with its leave-one-out split, or an .npy file.
+
+    fingerprint: of the log's triples, or of the file's bytes.
+    """
+
+    name: str
+    n_items: int
+    fingerprint: str
+    dataset: Dataset | None = None
+    split: Split | None = None
+    file: Path | None = None
+
+
+def open_source(data: str | Path | Dataset, config: ItemOptions, *, core: int, seed: int) -> Source:
+    """Read and filter the data; vectors are not looked at, but an .npy file must be one.
+
+    Raises:
+        InputError: the data cannot be read, or nothing is left.
+    """
+    if not isinstance(data, Dataset) and config.is_file:
+        path = Path(config.data)
+        vectors = read_vectors(path)
+        return Source(path.stem, len(vectors), sha256_file(path), file=path)
+    dataset = data if isinstance(data, Dataset) else load_dataset(data, seed=seed)
+    if core > 1:
+        dataset = k_core(dataset, core)
+    print_of = data_fingerprint(dataset)
+    dataset = replace(dataset, meta={**dataset.meta, "fingerprint": print_of})
+    return Source(dataset.name, dataset.n_items, print_of, dataset=dataset, split=leave_one_out(dataset))
+
+
+def open_items(
+    source: Source,
+    config: TokenizeConfig | BenchConfig,
+    out: Path,
+    *,
+    progress: Progress,
+) -> Items:
+    """The items with their vectors; embeds what `out` does not hold yet.
+
+    Raises:
+        InputError: no text to embed, or vectors that do not fit the items.
+    """
+    if source.file is not None:
+        return items_of_file(source.file, config.item_ids)
+    assert source.dataset is not None
+    assert source.split is not None
+    return items_of_dataset(
+        source.dataset,
+        source.split,
+        out,
+        embedder=config.embedder,
+        vectors=config.vectors,
+        vector_ids=config.item_ids,
+        progress=progress,
+    )
+
+
+def preprocessed(items: Items, config: ItemOptions, out: Path) -> Items:
+    """The items with `config.preprocess` done to their vectors once, for every method of a comparison alike.
+
+    The result lies in `out` and is memory-mapped; errors are then of the space after the steps.
+
+    Raises:
+        ConfigError: an illegal chain of steps.
+        InputError: steps these vectors do not allow.
+    """
+    if not config.preprocess:
+        return items
+    from recollect.tokenize.preprocess import Preprocess, PreprocessConfig
+
+    steps = PreprocessConfig(preprocess=config.preprocess, pca_dimension=config.pca_dimension, whiten=config.whiten)
+    key = sha256_text(canonical_json([items.fingerprint, list(config.preprocess), config.pca_dimension, config.whiten]))
+    path = out / f"preprocessed-{key[:16]}.npy"
+    if not path.is_file():
+        chain = Preprocess(steps).fit(items.embeddings)
+        if chain.output_dimension is None:
+            raise ConfigError(f"preprocess {config.preprocess!r} leaves no dimension")
+        temporary = path.with_suffix(".tmp")
+        whole = np.lib.format.open_memmap(temporary, "w+", dtype=np.float32, shape=(len(items), chain.output_dimension))
+        for start in range(0, len(items), _BLOCK):
+            whole[start : start + _BLOCK] = chain.apply(np.asarray(items.embeddings[start : start + _BLOCK]))
+        whole.flush()
+        del whole
+        temporary.replace(path)
+    return replace(items, embeddings=read_vectors(path), fingerprint=key)
