@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("distill", "tokenize"):  # packages that can be called: a name hides the function of that name
+    if name in ("continual", "distill", "tokenize"):  # callable packages, which hide their function
         return importlib.import_module(f"recollect.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'recollect' has no attribute {name!r}")

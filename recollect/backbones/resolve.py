@@ -175,3 +175,28 @@ def _is_causal(folder: Path) -> bool:
 
 def _example(scheme: str) -> str:
     return next(text for text in SCHEMES if text.startswith(scheme))
+
+
+def decoder_folder(name: str) -> Path:
+    """The folder of a decoder: an embedded model's name, `hf:ID`, `path:DIR`, or a folder as it is.
+
+    Raises:
+        UnknownName: none of these.  ConfigError: it only embeds, or does not run in this process.
+        ModelFileError: the model cannot be had.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    scheme, target, adapter = parse_model_name(name)
+    if adapter is not None:
+        raise ConfigError(f"{name!r}: it is trained with an adapter of its own; give the base model alone")
+    if scheme in EMBEDDED:
+        if EMBEDDED[scheme].kind != "generation":
+            raise ConfigError(f"{name!r} only embeds texts; give a decoder, e.g. smollm2")
+        return model_folder(scheme)
+    if scheme == "hf":
+        return hub_folder(target)
+    if scheme == "path":
+        if not Path(target).is_dir():
+            raise ModelFileError(f"model folder {target!r} does not exist")
+        return Path(target)
+    raise ConfigError(f"{name!r} does not run in this process; give smollm2, hf:ID or path:DIR")

@@ -36,6 +36,7 @@ COMMANDS = {
     "distill": "let a language model and a conventional recommender teach each other",
     "tokenize": "turn items into semantic IDs: short tuples of codes",
     "tokenize-bench": "compare tokenizers of items on one catalogue",
+    "continual": "tune a language model on task after task, and measure what it forgets",
     "prompt-rank": "rank candidates by prompting, and measure accuracy and popularity bias",
     "data": "list, describe, import and fetch data sets",
     "models": "list, pull and serve the embedded models",
@@ -54,7 +55,7 @@ exit codes: 0 done, 2 bad input, 1 internal failure, 130 interrupted, 143 termin
 """
 
 INTERRUPTED, TERMINATED, DISK_REFUSED, SERVER_AWAY = 130, 143, 74, 75
-RUNS = ("simulate", "evaluate", "distill", "tokenize", "tokenize-bench", "prompt-rank")
+RUNS = ("simulate", "evaluate", "distill", "tokenize", "tokenize-bench", "continual", "prompt-rank")
 RESUMABLE = (INTERRUPTED, TERMINATED, DISK_REFUSED, SERVER_AWAY)
 
 

@@ -80,11 +80,27 @@ def add_options(parser: argparse.ArgumentParser, options: Sequence[Option], skip
         else:
             parser.add_argument(
                 option.flag,
+                action=_ListOnce if option.is_list else "store",
                 type=_reader(option),
                 default=argparse.SUPPRESS,
                 metavar=_metavar(option),
                 help=shown,
             )
+
+
+class _ListOnce(argparse.Action):
+    """A list in one flag; a second flag would silently replace the first, so it is refused."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            raise ConfigError(f"{option_string} is given twice; give all values at once, separated by commas")
+        setattr(namespace, self.dest, values)
 
 
 def _reader(option: Option) -> Any:

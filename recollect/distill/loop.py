@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, run_manifest, to_dict
+from recollect.backbones.resolve import decoder_folder
+from recollect.config import build, check_same_run, run_manifest, to_dict
 from recollect.data.examples import training_sequences
 from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
@@ -27,14 +28,14 @@ from recollect.distill.report import make_report
 from recollect.distill.results import SeedResults
 from recollect.distill.stages import Stage, Stages, read_columns
 from recollect.distill.workshop import Workshop
-from recollect.errors import InputError, ResumeRefused
+from recollect.errors import InputError
 from recollect.eval.case_table import CaseTable
 from recollect.eval.list_metrics import list_totals
 from recollect.eval.ranking import evaluate_ranker
 from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_arrays, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
-from recollect.recommenders.llm_module import base_folder, require_layers
+from recollect.recommenders.llm_module import require_layers
 from recollect.rng import stream
 from recollect.types import Dataset, Report, Split
 
@@ -68,7 +69,7 @@ def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None 
     if config.dry_run:
         return _plan(config, dataset, split)
     # A decoder that cannot be had or cut is refused before anything is trained.
-    require_layers(base_folder(config.teacher), config.keep_layers)
+    require_layers(decoder_folder(config.teacher), config.keep_layers)
     out = prepare_out(config.out or free_folder(dataset.name), resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
@@ -134,13 +135,7 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
         for name in ("report.json", "report.html", "tables.csv", METRICS_FILE):
             (out / name).unlink(missing_ok=True)
     elif path.is_file():
-        before = read_json(path).get("identity") or {}
-        for name in sorted(before.keys() | identity.keys()):
-            if before.get(name) != identity.get(name):
-                raise ResumeRefused(
-                    f"the run in {out} has {name} {before.get(name)!r}, not {identity.get(name)!r}; "
-                    "use the same options or another --out"
-                )
+        check_same_run(read_json(path), "distill", identity, out)
     models = {"student": config.student, "teacher": config.teacher}
     manifest = run_manifest("distill", to_dict(config), dataset.meta["fingerprint"], models, config.seed)
     manifest |= {"identity": identity, "text_fingerprint": text_fingerprint(dataset)}

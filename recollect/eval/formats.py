@@ -20,7 +20,7 @@ _LOWER_IS_BETTER = frozenset(
     {"mae", "rmse", "w1", "tv", "js", "ks", "ece", "kl", "logloss", "log_loss", "brier", "gap", "distance"}
     | {"bias_spread", "flip_rate", "mrmc", "tokens_per_user", "seconds_per_user"}
     | {"relative_mse", "collision_rate", "items_in_collision", "max_group", "tokens_per_item", "fit_seconds"}
-    | {"peak_mb"}
+    | {"peak_mb", "forgetting", "forgetting_nonnegative"}
 )
 
 # Best near zero, one or a half, or a property of the data: no direction is the better one.
@@ -50,6 +50,11 @@ _LABELS = {
     "icr": "ICR",
     "alignment/lift": "Behaviour lift",
     "tokens_per_item": "Tokens per item",
+    "op": "OP",
+    "bwt": "BWT",
+    "forgetting": "Forgetting",
+    "op_norm": "OP above floors",
+    "fwt": "Forward transfer",
 }
 
 

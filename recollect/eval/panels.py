@@ -12,6 +12,8 @@ A panel is one object with `kind`, `title` and an optional `note`:
 | `pareto` | `series` {name: {"x", "y", "labels"}}, curves each with its own points; `marks`, the same, single points |
 | | drawn in grey with their name beside; `x_label`, `y_label` |
 | `map` | `x`, `y`, `group` [int] per point, `labels` [{"x", "y", "text"}], optional `x_label`, `y_label` |
+| `heat` | `rows` [str], `columns` [str], `values` [[number or null]], optional `low`, `high` (0, 1), `x_label`, |
+| | `y_label` |
 | `samples` | `items` [{"title", "before", "after", "note"}] |
 | `text` | `text` |
 
@@ -115,6 +117,16 @@ def _view(panel: Mapping[str, Any], key: str) -> dict[str, Any]:
             view["columns"] = ["", axes[0] or "x", axes[1] or "y"]
             view["data"] = [
                 [one_line(place["text"], 60), number(place["x"]), number(place["y"])] for place in panel["labels"]
+            ]
+        case "heat":
+            names, lines = (panel["rows"], panel["columns"]), panel["values"]
+            axes = panel.get("x_label") or "", panel.get("y_label") or ""
+            ends = float(panel.get("low", 0.0)), float(panel.get("high", 1.0))
+            view["svg"] = plots.heat_svg(*names, lines, *ends, *axes, key)
+            view["columns"] = [clean(axes[1]), *(one_line(name, 60) for name in names[1])]
+            view["data"] = [
+                [one_line(name, 60), *(number(value) for value in line)]
+                for name, line in zip(names[0], lines, strict=True)
             ]
         case "samples":
             view["items"] = [_sample_view(item) for item in panel["items"]]

@@ -235,12 +235,51 @@ def map_svg(
     return _render(draw, (7.2, 5.4), key)
 
 
+def heat_svg(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    low: float,
+    high: float,
+    x_label: str = "",
+    y_label: str = "",
+    key: str = "heat",
+) -> str:
+    """A matrix of cells, the first row on top: the deeper the colour the higher the value, which stands in the cell.
+
+    A cell without a value stays empty; colours run from `low` to `high`.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        span = high - low or 1.0
+        for row, line in enumerate(values):
+            for column, value in enumerate(line):
+                if value is None:
+                    continue
+                depth = 0.06 + 0.5 * min(1.0, max(0.0, (value - low) / span))
+                corner = (column - 0.48, row - 0.48)
+                axes.add_patch(Rectangle(corner, 0.96, 0.96, facecolor=_SERIES[0], alpha=depth, linewidth=0))
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=_INK)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks(range(len(columns)), [one_line(text, 16) for text in columns], rotation=35, ha="right")
+        axes.set_yticks(range(len(rows)), [one_line(text, 28) for text in rows])
+        axes.tick_params(length=0)
+        _finish(axes, grid="", x_label=x_label, y_label=y_label)
+
+    from matplotlib.patches import Rectangle
+
+    return _render(draw, (7.2, 1.3 + 0.33 * len(rows)), key)
+
+
 def _floats(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else float(value) for value in values]
 
 
 def _finish(axes: Axes, grid: str, x_label: str = "", y_label: str = "") -> None:
-    axes.grid(axis=grid)  # type: ignore[arg-type]
+    if grid:
+        axes.grid(axis=grid)  # type: ignore[arg-type]
     axes.tick_params(width=0.8, labelsize=9.5)
     if x_label:
         axes.set_xlabel(one_line(x_label, 60))

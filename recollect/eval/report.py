@@ -40,6 +40,10 @@ HEADLINE_METRICS = (
     "rating/mae",
     "rating/w1",
     "taste/balanced_accuracy",
+    "op",
+    "bwt",
+    "forgetting",
+    "op_norm",
 )
 MAX_COLUMNS = 8
 
@@ -54,6 +58,8 @@ _TITLES = {
     "tokenize-plan": "What a tokenization would do",
     "tokenize-bench": "Item tokenizers on one catalogue",
     "tokenize-bench-plan": "What a comparison of tokenizers would do",
+    "continual": "One language model, task after task",
+    "continual-plan": "What a run of task after task would do",
 }
 _FACTS = (
     "data",

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recollect.config import build, run_manifest, to_dict
+from recollect.config import build, check_same_run, run_manifest, to_dict
 from recollect.data import (
     fingerprint,
     global_temporal,
@@ -26,7 +26,7 @@ from recollect.data import (
     tie_shuffle,
 )
 from recollect.data.splits import refit_mask
-from recollect.errors import ConfigError, InputError, ResumeRefused
+from recollect.errors import ConfigError, InputError
 from recollect.eval.protocol import item_text_fingerprint
 from recollect.eval.report import table_csv
 from recollect.io import prepare_out, read_json, write_json, write_text
@@ -171,16 +171,9 @@ def open_run(
             (out / name).unlink(missing_ok=True)
     elif path.is_file():
         held = read_json(path)
-        if held.get("command") != "evaluate":
-            raise ResumeRefused(f"{out} holds a run of {held.get('command')!r}, not of evaluate; use another --out")
         before = {**(held.get("identity") or {}), "data_fingerprint": held.get("data_fingerprint")}
         now = {**identity, "data_fingerprint": dataset.meta["fingerprint"]}
-        for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                raise ResumeRefused(
-                    f"the run in {out} has {name} {before.get(name)!r}, not {now.get(name)!r}; use the same options "
-                    "or another --out"
-                )
+        check_same_run({**held, "identity": before}, "evaluate", now, out)
     texts = item_text_fingerprint(dataset)
     for unit in make_units(entries, config):
         # Refuses a row that was made with other options or texts, before anything is fitted.

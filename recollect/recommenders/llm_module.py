@@ -33,33 +33,6 @@ MARKER = "\n\n### Next item:"
 HEAD_STD = 0.02  # of W_out before training
 
 
-def base_folder(name: str) -> Path:
-    """The folder of a decoder: an embedded model's name, `hf:ID`, `path:DIR`, or a folder as it is.
-
-    Raises:
-        UnknownName: none of these.  ModelFileError: the model cannot be had.
-    """
-    from recollect.backbones.resolve import hub_folder, parse_model_name
-    from recollect.backbones.store import EMBEDDED, model_folder
-
-    if Path(name).is_dir():
-        return Path(name)
-    scheme, target, adapter = parse_model_name(name)
-    if adapter is not None:
-        raise ConfigError(f"{name!r}: the recommender trains its own adapter; give the base model alone")
-    if scheme in EMBEDDED:
-        if EMBEDDED[scheme].kind != "generation":
-            raise ConfigError(f"{name!r} only embeds texts; give a decoder, e.g. smollm2")
-        return model_folder(scheme)
-    if scheme == "hf":
-        return hub_folder(target)
-    if scheme == "path":
-        if not Path(target).is_dir():
-            raise ModelFileError(f"model folder {target!r} does not exist")
-        return Path(target)
-    raise ConfigError(f"{name!r} does not run in this process; give smollm2, hf:ID or path:DIR")
-
-
 def require_layers(folder: Path, keep_layers: int | None) -> None:
     """Refuse to keep more blocks than a decoder has, without loading its weights.
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recollect.backbones.resolve import decoder_folder
 from recollect.config import to_dict
 from recollect.data.examples import Sequences, held_out_cases, training_sequences
 from recollect.errors import ConfigError, InputError, ModelFileError
@@ -44,7 +45,6 @@ from recollect.recommenders.llm_batches import (
 from recollect.recommenders.llm_config import LlmConfig
 from recollect.recommenders.llm_module import (
     LlmModule,
-    base_folder,
     load_trunk,
     semantic_head,
     token_ids,
@@ -97,7 +97,7 @@ class LlmSequential:
         texts = {name: _text_vectors(dataset, name) for name in {self.config.text, self.config.semantic_init} - {None}}
         embedding = torch.from_numpy(np.array(item_embedding, dtype=np.float32))
         text = texts.get(self.config.text)
-        self._assemble(embedding, text, base_folder(self.config.base), None)
+        self._assemble(embedding, text, decoder_folder(self.config.base), None)
         assert self.module is not None
         if self.config.semantic_init is not None:
             generator = torch.Generator().manual_seed(call_seed(self.config.seed, "llm", "semantic head"))
@@ -299,7 +299,7 @@ class LlmSequential:
                 f"{adapter} is missing or is not what {folder / CONFIG_FILE} was written with; fit again"
             )
         where = base or content["base"]["name"]
-        found = base_folder(where)
+        found = decoder_folder(where)
         if _fingerprint(found) != content["base"]["fingerprint"]:
             raise ModelFileError(
                 f"the adapter in {folder} was trained on the base {content['base']['name']!r} "

@@ -5,6 +5,11 @@ A method brings a quantiser (`Quantiser`); `AutoencoderTokenizer` makes it an `I
 and decoding run on the CPU in float64: the float32 product of a row can depend on its batch mates in the last bit,
 enough to change a code.
 
+Networks learn from rows shifted to mean 0 and scaled, all dimensions alike, to variance 1 [our design]: of small rows
+as they are an untrained network makes latents near 0, from which a decoder with ReLU learns nothing but the items'
+mean, and for large ones the optimiser's steps are too small. The outer layers take the change of units in when
+training ends, so all that is saved, encoded, decoded and measured is in the units of the rows.
+
 Where the options name `preprocess` steps, everything lives in the space after them and `decode` undoes them as far as
 they can be undone. Not covered: training over several processes (codes that are placed anew would differ).
 """
@@ -15,7 +20,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -31,6 +36,7 @@ from recollect.tokenize.neural_config import AutoencoderConfig
 from recollect.tokenize.preprocess import Preprocess
 from recollect.tokenize.protocol import Encoding, FitReport, ItemTokenizer, check_embeddings, fit_rows
 from recollect.tokenize.rows import ArrayRows, spans
+from recollect.tokenize.scaling import Moments, Scaling, scaling_of
 from recollect.tokenize.training_rows import Batch, StepsOf, TrainingRound, TrainingRows
 
 BLOCK_CELLS = 2**21  # distances held at a time when encoding (16 MiB of float64)
@@ -107,6 +113,19 @@ class Autoencoder(nn.Module):
         self.decoder = perceptron((code_dim, *reversed(hidden), dimension))
         self.quantiser: Any = quantiser
 
+    def take_units(self, scaling: Scaling) -> None:
+        """Read and write rows x where (x - mean) / size was learned: the outer layers take the change of units in.
+
+        Weights and biases are rounded to float32, so that what is saved is what is used.
+        """
+        first: Any = self.encoder[0]
+        last: Any = self.decoder[-1]
+        with torch.no_grad():
+            first.weight.copy_((first.weight / scaling.size).float())
+            first.bias.copy_((first.bias - first.weight @ scaling.mean).float())
+            last.weight.copy_((last.weight * scaling.size).float())
+            last.bias.copy_((last.bias * scaling.size + scaling.mean).float())
+
 
 def reduced(difference: Tensor, reduction: str) -> Tensor:
     """(B,) squares of (B, d) summed or averaged over d."""
@@ -118,11 +137,13 @@ class AutoencoderTokenizer(ItemTokenizer):
     """A tokenizer whose codes are those of an autoencoder's latents; a method gives its quantiser.
 
     module: in float64 on the CPU once fitted.  has_beam: whether tuples can be ranked before they are complete.
+    unit_variance: which variance of the rows it learns from is 1, the total or the mean over dimensions.
     """
 
     config: Any
     config_class: ClassVar[type] = AutoencoderConfig
     has_beam: ClassVar[bool] = True
+    unit_variance: ClassVar[Literal["total", "mean"]] = "total"
     remedy: ClassVar[str] = "use fewer codes, more steps or a smaller reseed_every"
     """What to do when codes stay unused."""
 
@@ -173,9 +194,9 @@ class AutoencoderTokenizer(ItemTokenizer):
         """Train encoder, codes and decoder; see `ItemTokenizer.fit`.
 
         An item's loss counts `weight` times. `report.levels` holds, per level: iterations (steps), objective_before
-        and objective_after (mean loss of the first and the last round; it may rise as the latents spread, for they set
-        the scale of the quantisation loss), relative_mse (squared error of the decoded first levels over the total
-        variance), used_codes, dead_codes, usage, reseeded.
+        and objective_after (mean loss of the first and the last round, in the units it learns in; it may rise as the
+        latents spread, for they set the scale of the quantisation loss), relative_mse (squared error of the decoded
+        first levels over the total variance), used_codes, dead_codes, usage, reseeded.
 
         Raises:
             TrainingDiverged: a loss or weight became NaN or infinite.
@@ -187,7 +208,9 @@ class AutoencoderTokenizer(ItemTokenizer):
         self.check_fit(rows, len(embeddings), collaborative)
         self.dimension, self.module, self.codebook_sizes = None, None, ()
         self.preprocess.fit(embeddings, rows, weights)
-        data = TrainingRows(embeddings, rows, weights, collaborative, self.preprocess)
+        source = ArrayRows(embeddings, rows, self.preprocess.apply)
+        scaling = scaling_of(source, weights, self.unit_variance)
+        data = TrainingRows(embeddings, rows, weights, collaborative, self.preprocess, scaling)
         module = self.build(data.dimension)
         self.place_codes(module, data)
         config = self.config
@@ -203,6 +226,7 @@ class AutoencoderTokenizer(ItemTokenizer):
             identity={
                 **to_dict(config),
                 "method": self.name,
+                "unit_variance": self.unit_variance,
                 "embeddings": rows_sha256(embeddings, rows) if checkpoint is not None else "",
                 "weights": array_sha256(weights),
                 "collaborative": array_sha256(None if collaborative is None else collaborative[rows]),
@@ -210,9 +234,10 @@ class AutoencoderTokenizer(ItemTokenizer):
             },
         )
         self._take_module(module)
+        module.take_units(scaling)
         self.dimension = int(embeddings.shape[1])
         losses = [entry["loss"] for entry in result.history]
-        self.report = self._fit_report(ArrayRows(embeddings, rows, self.preprocess.apply), weights, losses)
+        self.report = self._fit_report(source, weights, losses)
         self.report.seconds = time.perf_counter() - started
         return self
 
@@ -223,7 +248,7 @@ class AutoencoderTokenizer(ItemTokenizer):
     def _fit_report(self, source: ArrayRows, weights: np.ndarray | None, losses: list[float]) -> FitReport:
         module, start = self._fitted(), 0
         used = [np.zeros(size, dtype=bool) for size in self.codebook_sizes]
-        errors, moments = torch.zeros(len(used), dtype=torch.float64), _Moments(source)
+        errors, moments = torch.zeros(len(used), dtype=torch.float64), Moments(source)
         for block, latent in self._latents(source, 1):
             stop = start + len(block)
             share = torch.ones(len(block)) if weights is None else torch.from_numpy(weights[start:stop])
@@ -352,22 +377,3 @@ class AutoencoderTokenizer(ItemTokenizer):
             module.quantiser.take_codebooks(arrays)
         self._take_module(module)
         self.dimension = self.preprocess.input_dimension or first.shape[1]
-
-
-class _Moments:
-    """Weighted sums of rows and of their squares about the first row, which keeps digits."""
-
-    def __init__(self, source: ArrayRows) -> None:
-        self._origin = source.block(0, 1).double()[0]
-        self._mass, self._sums, self._squares = 0.0, torch.zeros_like(self._origin), 0.0
-
-    def add(self, block: Tensor, share: Tensor) -> None:
-        """Take in rows (B, D) with weights (B,), float64."""
-        centred = block - self._origin
-        self._mass += float(share.sum())
-        self._sums += share @ centred
-        self._squares += float(share @ centred.square().sum(1))
-
-    def total_variance(self) -> float:
-        """Weighted sum of squared distances to the mean."""
-        return self._squares - float(self._sums @ self._sums) / self._mass

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, run_manifest
+from recollect.config import build, check_same_run, run_manifest
 from recollect.errors import ResumeRefused
 from recollect.eval.report import table_csv
 from recollect.io import prepare_out, read_json, write_json, write_text
@@ -30,7 +30,6 @@ from recollect.tokenize.embeddings import Items, read_vectors
 from recollect.tokenize.methods import Entry, make_entries
 from recollect.tokenize.panels import cluster_panels, collision_panels, usage_curve
 from recollect.tokenize.run_config import BenchConfig
-from recollect.tokenize.same_run import check_same_run
 from recollect.tokenize.source import open_items, open_source, preprocessed
 from recollect.types import Dataset, Report
 

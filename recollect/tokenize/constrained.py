@@ -19,6 +19,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from recollect.errors import InputError
@@ -27,6 +28,11 @@ from recollect.tokenize.vocabulary import SemanticVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+DENSE_BYTES = 2**25
+"""Largest table with a row per node of a depth that a logits processor makes; deeper depths are searched."""
+HUGE_PAGES_FROM = 2**22  # bytes: NumPy asks for huge pages from here on
 
 
 class _TokenTables:
@@ -53,17 +59,61 @@ class _TokenTables:
         """Token ids of codes >= -1 (code -2, no edge, gives some legal index)."""
         return self.tokens[level][(codes + 1).clamp(min=0)]
 
-    def code_of(self, level: int, tokens: torch.Tensor) -> torch.Tensor:
-        """Codes of token ids, -2 for tokens that are none of this level's."""
-        table = self.codes[level]
-        return table[tokens.clamp(max=len(table) - 1)]
+
+class _DepthTables:
+    """What may follow the nodes of one depth, looked up by place = node + 1; place 0 is off the tree.
+
+    columns: of this level's tokens in the vocabulary, a slice where they are neighbours.
+    forbidden: (nodes + 1, K + 1) bool, the end token first; off the tree it alone is allowed.
+    edges: (largest token + 2,) int32, code + 2 of every token, 1 for the end token, 0 for none of this level's.
+    places: ((nodes + 1) (K + 2),) int32, the place every edge of every place leads to.
+    forbidden and places are None where one would have more than `DENSE_BYTES`.
+    """
+
+    def __init__(self, trie: PrefixTrie, tables: _TokenTables, depth: int) -> None:
+        tokens = tables.tokens[depth][1:]
+        first, n_codes, n_nodes = int(tokens[0]), len(tokens), trie.n_nodes[depth]
+        is_run = bool((tokens == torch.arange(first, first + n_codes, device=tokens.device)).all())
+        self.columns = slice(first, first + n_codes) if is_run else tokens
+        self.n_edges = n_codes + 2
+        self.edges = (tables.codes[depth] + 2).int()
+        self.forbidden, self.places = None, None
+        nodes = torch.arange(n_nodes, device=trie.device)
+        if (n_nodes + 1) * (n_codes + 1) <= DENSE_BYTES:
+            self.forbidden = _forbidden(trie, depth, torch.cat([nodes.new_full((1,), -1), nodes]))
+        if depth + 1 < trie.n_levels and 4 * (n_nodes + 1) * self.n_edges <= DENSE_BYTES:
+            leads = trie.step(depth, nodes)
+            self.places = torch.zeros((n_nodes + 1) * self.n_edges, dtype=torch.int32, device=trie.device)
+            self.places[(leads.row + 1) * self.n_edges + leads.code + 2] = (leads.child + 1).int()
+
+
+def _forbidden(trie: PrefixTrie, depth: int, nodes: torch.Tensor) -> torch.Tensor:
+    """(B, K + 1) bool: whether the end token and each code may not follow `nodes` (B,); -1 is followed by the end."""
+    edges = trie.step(depth, nodes)
+    forbidden = torch.ones(len(nodes), trie.codebook_sizes[depth] + 1, dtype=torch.bool, device=nodes.device)
+    forbidden[edges.row, edges.code + 1] = False
+    forbidden[:, 0] &= nodes >= 0
+    return forbidden
+
+
+def _nothing_allowed(scores: torch.Tensor) -> torch.Tensor:
+    """-inf in the form of `scores`.
+
+    Large results on the CPU are NumPy's memory, which comes in huge pages where the system has them: the first touch
+    of ordinary pages costs more than everything else a step does.
+    """
+    if scores.device.type == "cpu" and scores.nbytes >= HUGE_PAGES_FROM:
+        memory = torch.from_numpy(np.empty(scores.nbytes, dtype=np.uint8))
+        return memory.view(scores.dtype).view(scores.shape).fill_(-torch.inf)
+    return torch.full_like(scores, -torch.inf)
 
 
 class TrieLogitsProcessor:
     """Sets to -inf every token that no item's ID continues with; after a full ID only the end token is left.
 
     Rows that left the tree (finished rows being padded, and beams without any legal continuation, whose score is -inf
-    already) may write the end token alone.
+    already) may write the end token alone. Depths with few nodes are looked up in tables (`DENSE_BYTES`: 17 MB in all
+    for 1e6 items on three levels of 256), the others in the tree itself.
 
     Args:
         trie: of the catalogue, on the device of the logits.
@@ -74,25 +124,38 @@ class TrieLogitsProcessor:
 
     def __init__(self, trie: PrefixTrie, vocabulary: SemanticVocabulary, prompt_length: int) -> None:
         self._trie = trie
-        self._tables = _TokenTables(trie, vocabulary)
+        self._end = vocabulary.end_token
+        tables = _TokenTables(trie, vocabulary)
+        self._depths = [_DepthTables(trie, tables, depth) for depth in range(trie.n_levels)]
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` (B, V) with -inf at illegal tokens, given `input_ids` (B, prompt + t)."""
         written = input_ids[:, self._prompt_length :]
-        masked = torch.full_like(scores, -torch.inf)
-        depth = written.shape[1]
-        is_off = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-        if depth < self._trie.n_levels:
-            codes = [self._tables.code_of(level, written[:, level]) for level in range(depth)]
-            nodes = self._trie.walk(torch.stack(codes, dim=1) if codes else written)
-            edges = self._trie.step(depth, nodes)
-            token = self._tables.token_of(depth, edges.code)
-            masked[edges.row, token] = scores[edges.row, token]
-            is_off = nodes < 0
-        end = self._tables.end
-        masked[:, end] = torch.where(is_off, scores[:, end], masked[:, end])
+        masked, depth, end = _nothing_allowed(scores), written.shape[1], self._end
+        if depth >= self._trie.n_levels:
+            masked[:, end] = scores[:, end]
+            return masked
+        tables, places = self._depths[depth], self._places(written)
+        if tables.forbidden is not None:
+            forbidden = tables.forbidden.index_select(0, places)
+        else:
+            forbidden = _forbidden(self._trie, depth, places.long() - 1)
+        masked[:, tables.columns] = scores[:, tables.columns].masked_fill(forbidden[:, 1:], -torch.inf)
+        masked[:, end] = scores[:, end].masked_fill(forbidden[:, 0], -torch.inf)
         return masked
+
+    def _places(self, written: torch.Tensor) -> torch.Tensor:
+        """(B,) int32 places the tokens `written` (B, l < L) lead to."""
+        places = torch.ones(len(written), dtype=torch.int32, device=written.device)
+        for level in range(written.shape[1]):
+            tables = self._depths[level]
+            edge = tables.edges.index_select(0, written[:, level].clamp(max=len(tables.edges) - 1))
+            if tables.places is not None:
+                places = tables.places.index_select(0, edge.add(places, alpha=tables.n_edges))
+            else:
+                places = self._trie.advance(level, places.long() - 1, edge.long() - 2).int() + 1
+        return places
 
 
 class Decoder(Protocol):

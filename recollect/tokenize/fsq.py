@@ -3,6 +3,10 @@
 Scalar l of the latent is bounded by a tanh, shifted by half a step where its count of values is even, and rounded with
 a straight-through gradient (vector-quantize-pytorch's FSQ). There is no codebook to learn and no auxiliary loss.
 
+The grid is fixed, so the encoder must fill it. Of unit rows of a few hundred dimensions an untrained network makes
+latents of some hundredths, which all round to the middle digit, the value 0; and from zeros alone a decoder with ReLU
+learns nothing but its last bias, the mean of the items. So FSQ learns from rows of mean variance 1 per dimension.
+
 The ID has one level per scalar: digit l in 0..counts[l]-1. `index_of` gives the one number the paper writes,
 the mixed-radix number whose least significant digit is the first, and `digits_of` its inverse. In the artefact
 `codebook.{l}` (counts[l], 1) holds the values of scalar l, which the decoder reads side by side: they are not summands.
@@ -101,6 +105,7 @@ class FSQ(AutoencoderTokenizer):
     name = "fsq"
     config_class: ClassVar[type] = FSQConfig
     has_beam = False
+    unit_variance = "mean"
     remedy = "use smaller counts or more steps"
 
     def quantiser(self) -> ScalarQuantiser:

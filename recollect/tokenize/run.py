@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, options_of, run_manifest
+from recollect.config import build, check_same_run, options_of, run_manifest
 from recollect.errors import ConfigError
 from recollect.io import prepare_out, read_json, write_json
 from recollect.journal.lock import WriterLock
@@ -30,7 +30,6 @@ from recollect.tokenize.peak_memory import PeakMemory
 from recollect.tokenize.protocol import ItemTokenizer
 from recollect.tokenize.run_config import TokenizeConfig
 from recollect.tokenize.run_report import make_report
-from recollect.tokenize.same_run import check_same_run
 from recollect.tokenize.source import open_items, open_source
 from recollect.types import Dataset, Report
 

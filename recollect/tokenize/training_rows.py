@@ -13,6 +13,7 @@ from recollect.rng import stream
 from recollect.tokenize.neural_config import ROUND_STEPS
 from recollect.tokenize.preprocess import Preprocess
 from recollect.tokenize.rows import ArrayRows
+from recollect.tokenize.scaling import Scaling
 
 
 class Batch(NamedTuple):
@@ -32,6 +33,7 @@ class TrainingRows:
         weights: (n,) or None for equal ones.
         collaborative: (N, d) or None.
         preprocess: fitted.
+        scaling: of the preprocessed rows; None = as they are.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class TrainingRows:
         weights: np.ndarray | None,
         collaborative: np.ndarray | None,
         preprocess: Preprocess,
+        scaling: Scaling | None = None,
     ) -> None:
         self.dimension = preprocess.output_dimension or embeddings.shape[1]
         self._preprocess = preprocess
+        self._scaling = scaling
         self._embeddings = embeddings
         self._rows = rows
         self.weights = None if weights is None else weights / weights.mean()
@@ -58,8 +62,11 @@ class TrainingRows:
         chosen = self._rows[positions]
         weight = np.ones(len(chosen)) if self.weights is None else self.weights[positions]
         behaviour = None if self._collaborative is None else np.asarray(self._collaborative[chosen], dtype=np.float32)
+        block = ArrayRows(self._embeddings, chosen, self._preprocess.apply).block(0, len(chosen))
+        if self._scaling is not None:
+            block = self._scaling.apply(block)
         return Batch(
-            rows=ArrayRows(self._embeddings, chosen, self._preprocess.apply).block(0, len(chosen)),
+            rows=block,
             weight=torch.from_numpy(weight.astype(np.float32)),
             behaviour=None if behaviour is None else torch.from_numpy(behaviour),
         )

@@ -90,6 +90,7 @@ def test_flags_are_read_with_their_types():
         (["--shape", "ring"], "--shape must be one of loaf, rolls, got 'ring'"),
         (["--rounds", "3"], "--rounds must be one of 1, 2, got '3'"),
         (["--flou", "3"], "unrecognized arguments: --flou 3"),
+        (["--seeds", "poppy", "--seeds", "flax"], "--seeds is given twice; give all values at once"),
         (["--fan", "maybe"], "--fan must be true, false or none, got 'maybe'"),
     ],
 )

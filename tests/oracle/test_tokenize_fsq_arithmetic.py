@@ -85,3 +85,24 @@ def test_training_beats_the_untrained_network():
         decoded = tokenizer.decode(tokenizer.encode(rows).codes)
         errors.append(((rows - decoded) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum())
     assert errors[1] < 0.6 < 0.95 < errors[0]
+
+
+def crowded_unit_rows(n=600, dimension=256):
+    """Rows of length 1 about a common direction, as a language model's are: some .04 of deviation per dimension."""
+    generator = stream(0, "crowded")
+    inside = generator.normal(size=(n, 12)) @ generator.normal(size=(12, dimension)) / np.sqrt(12)
+    rows = generator.normal(size=dimension) + inside + 0.2 * generator.normal(size=(n, dimension))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("counts", [(8, 8, 8, 8, 8, 8), (8, 5, 5, 5)])
+def test_the_scalars_of_unit_rows_with_little_variance_use_their_values(counts):
+    rows = crowded_unit_rows()
+    assert 0.03 < rows.std(0).mean() < 0.06
+    tokenizer = fitted("fsq", rows, counts=counts, hidden=(128, 64), steps=100, batch_size=200)
+    codes = tokenizer.encode(rows).codes
+    for level, count in enumerate(counts):
+        assert len(np.unique(codes[:, level])) >= 0.8 * count
+        assert tokenizer.report.levels[level]["usage"] >= 0.8
+    assert tokenizer.report.levels[-1]["relative_mse"] < 0.8
+    assert not tokenizer.report.warnings

@@ -9,6 +9,7 @@ from support.scripted_decoder import HashDecoder, exhaustive
 
 from recollect.errors import InputError
 from recollect.rng import stream
+from recollect.tokenize import constrained
 from recollect.tokenize.constrained import Beams, TrieLogitsProcessor, beam_search, ranked_items
 from recollect.tokenize.trie import PrefixTrie
 from recollect.tokenize.vocabulary import SemanticVocabulary
@@ -145,6 +146,46 @@ def test_renormalising_changes_nothing_where_every_continuation_is_legal():
     assert torch.equal(plain.leaves, conditional.leaves)
     assert torch.allclose(plain.scores, conditional.scores, atol=1e-5)
     assert torch.allclose(plain.scores.exp().sum(1), torch.ones(4), atol=1e-5)
+
+
+def words_of(codes, vocabulary):
+    """(N, L) tokens, the end token where an ID has no digit."""
+    columns = [np.append(ids, vocabulary.end_token)[codes[:, level]] for level, ids in enumerate(vocabulary.token_ids)]
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("dense_bytes", [0, 60, constrained.DENSE_BYTES])
+@pytest.mark.parametrize("huge_pages_from", [0, constrained.HUGE_PAGES_FROM])
+@given(search=searches(), is_run=st.booleans(), is_half=st.booleans(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_mask_is_that_of_python_sets_with_tables_and_without(
+    dense_bytes, huge_pages_from, search, is_run, is_half, data
+):
+    codes, sizes, vocabulary, n_vocabulary = search
+    if is_run:
+        vocabulary = SemanticVocabulary.consecutive(sizes, 4, 1)
+    words = words_of(codes, vocabulary)
+    draw = stream(data.draw(st.integers(0, 99)), "prefixes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constrained, "DENSE_BYTES", dense_bytes)
+        patch.setattr(constrained, "HUGE_PAGES_FROM", huge_pages_from)
+        processor = TrieLogitsProcessor(PrefixTrie(codes, sizes), vocabulary, prompt_length=1)
+        for depth in draw.permutation(len(sizes) + 2):  # in any order: nothing is kept between calls
+            real = np.pad(words, ((0, 0), (0, 2)), constant_values=vocabulary.end_token)[:, :depth]
+            foreign = draw.integers(n_vocabulary, size=(10, depth))
+            written = draw.permutation(np.concatenate([real, foreign]))
+            scores = torch.from_numpy(draw.standard_normal((len(written), n_vocabulary)).astype(np.float32))
+            scores = scores.bfloat16() if is_half else scores
+            given_scores = scores.clone()
+            found = processor(torch.from_numpy(np.pad(written, ((0, 0), (1, 0)))), scores)
+            expected = torch.full_like(scores, -torch.inf)
+            for row, prefix in enumerate(written):
+                after = {int(word[depth]) for word in words if depth < len(sizes) and (word[:depth] == prefix).all()}
+                kept = sorted(after or {vocabulary.end_token})
+                expected[row, kept] = scores[row, kept]
+            assert found.dtype == scores.dtype
+            assert torch.equal(found, expected)
+            assert torch.equal(scores, given_scores)
 
 
 @given(searches(), st.integers(0, 99))

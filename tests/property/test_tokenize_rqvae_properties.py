@@ -160,6 +160,20 @@ def test_preprocessing_is_undone_by_decode_and_saved(name, rows):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", [lambda x: 1e-3 * x, lambda x: 500 + 100 * x], ids=["tiny", "far"])
+def test_units_and_origin_of_the_rows_change_nothing(name, change, rows):
+    changed = change(rows.astype(np.float64)).astype(np.float32)
+    plain, other = fitted(name, rows, steps=60), fitted(name, changed, steps=60)
+    codes, others = plain.encode(rows).codes, other.encode(changed).codes
+    assert (codes == others).mean() > 0.97
+    is_same = (codes == others).all(axis=1)
+    expected = change(plain.decode(codes).astype(np.float64))
+    np.testing.assert_allclose(other.decode(codes)[is_same], expected[is_same], atol=0.05 * changed.std())
+    errors = [tokenizer.report.levels[-1]["relative_mse"] for tokenizer in (plain, other)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_first_levels_alone_can_be_decoded(name, tokenizers, rows):
     tokenizer = tokenizers[name]
     codes = tokenizer.encode(rows).codes

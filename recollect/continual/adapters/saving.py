@@ -1,0 +1,132 @@
+"""Adapters as a folder: `recollect_adapter.json` (options, growth, the base they belong to) and their tensors alone.
+
+The tensors are safetensors; the JSON holds their hash, so that two files of different saves cannot be taken for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recollect.continual.adapters.attach import (
+    adapter_state_dict,
+    adapters,
+    attach,
+    attached,
+    attached_config,
+    load_adapter_state_dict,
+)
+from recollect.continual.adapters.config import config_from_dict, config_to_dict
+from recollect.continual.adapters.growth import add_generation, generations, open_experts
+from recollect.errors import InputError
+from recollect.io import atomic_open, read_json, sha256_file, write_json
+
+CONFIG_FILE = "recollect_adapter.json"
+WEIGHTS_FILE = "recollect_adapter.safetensors"
+FORMAT = 1
+_FINGERPRINT_VALUES = 1024  # of each tensor, evenly spaced
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Identity of a bare model's weights, the same with adapters on and off and in float32 or bfloat16.
+
+    Hex SHA-256 over name, shape and 1 024 evenly spaced values (rounded to bfloat16) of every parameter: it tells
+    fine-tuned variants apart without reading every weight of a large model.
+    """
+    own = set(adapter_state_dict(model)) if attached(model) is not None else set()
+    wrapped = tuple(adapters(model)) if attached(model) is not None else ()
+    digest = hashlib.sha256()
+    values = {}
+    for name, parameter in model.named_parameters():
+        if name not in own:
+            prefix = next((prefix for prefix in wrapped if name.startswith(f"{prefix}.base.")), None)
+            values[name if prefix is None else prefix + name.removeprefix(f"{prefix}.base")] = parameter
+    for name in sorted(values):
+        flat = values[name].detach().reshape(-1)
+        step = max(1, len(flat) // _FINGERPRINT_VALUES)
+        sample = flat[::step].to(torch.bfloat16).cpu().view(torch.int16)
+        digest.update(f"{name}{tuple(values[name].shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
+    """Write the adapters and routers of a model, and nothing of its base, into `folder`.
+
+    Raises:
+        InputError: the model has no adapters.
+        StorageRefused: the disk refused.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    config = attached_config(model)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    with atomic_open(folder / WEIGHTS_FILE, "wb") as handle:
+        handle.write(save(tensors))
+    sizes, n_open = generations(model)
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "format": FORMAT,
+            "kind": config.kind,
+            "options": config_to_dict(config),
+            "generations": sizes,
+            "open_generations": n_open,
+            "base": {"name": _name(model), "fingerprint": base_fingerprint(model)},
+            "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
+        },
+    )
+    return folder
+
+
+def from_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the adapters saved in `folder` on the bare `model`, in place; its logits are those of the saved one.
+
+    Raises:
+        InputError: a file is missing, torn or of another save; the adapters belong to another base (both are named).
+        ConfigError: the model has adapters already, or the saved options are illegal.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / CONFIG_FILE
+    saved = read_json(path)
+    _check_saved(saved, path)
+    here = base_fingerprint(model)
+    if saved["base"]["fingerprint"] != here:
+        raise InputError(
+            f"{path} was saved for the base {saved['base']['name']!r} ({saved['base']['fingerprint'][:12]}), and this "
+            f"model is {_name(model)!r} ({here[:12]}); load the base it was trained on"
+        )
+    weights = Path(folder) / WEIGHTS_FILE
+    if not weights.is_file() or sha256_file(weights) != saved["weights_sha256"]:
+        raise InputError(f"{weights} is missing, or not the file that {path} was written with; save the adapters anew")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise InputError(f"{weights} is not a safetensors file: {error}") from error
+    attach(model, config_from_dict(saved["kind"], saved["options"], str(path)))
+    for experts in saved["generations"][1:]:
+        add_generation(model, experts)
+    open_experts(model, saved["open_generations"])
+    load_adapter_state_dict(model, tensors)
+    return model
+
+
+def _check_saved(saved: Any, path: Path) -> None:
+    wanted = ("format", "kind", "options", "generations", "open_generations", "base", "weights_sha256")
+    if not isinstance(saved, dict) or any(key not in saved for key in wanted):
+        raise InputError(f"{path} does not describe saved adapters; it must hold {', '.join(wanted)}")
+    if saved["format"] != FORMAT:
+        raise InputError(f"{path} has format {saved['format']!r}; this version reads {FORMAT}")
+
+
+def _name(model: nn.Module) -> str:
+    """What the model calls itself: the last part of its name or path, or its class."""
+    named = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return Path(named).name

@@ -1,0 +1,250 @@
+"""From finished sequences to their report: matrices, aggregates with intervals, floors, per-task scores, cost.
+
+Intervals resample test examples (rows with one prompt move together) and training seeds; differences between methods
+are paired over both.  Every score stands beside what a predictor without a model gets.
+Source: trace_benchmark 6, 8, 9.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recollect.continual.aggregates import matrix_rows
+from recollect.continual.entries import Entry
+from recollect.continual.report_panels import all_panels
+from recollect.continual.run_config import ContinualConfig
+from recollect.continual.sequence import SequenceResult
+from recollect.continual.task_stream import TaskRows
+from recollect.continual.trace_data import TraceData, leak_key
+from recollect.continual.trace_floors import Floor
+from recollect.continual.trace_intervals import aggregate_intervals, difference_intervals, per_seed
+from recollect.eval.statistics import RESAMPLES, Interval
+from recollect.types import Report
+
+HEADLINE = ("op", "bwt", "forgetting", "op_norm")
+FURTHER = ("bwt_T", "bwt_clipped_T", "forgetting_nonnegative", "average_incremental", "fwt")
+SEEDS_FOR_A_CLAIM = 3
+FLOORS = "no model (floors)"
+
+
+def make_report(
+    config: ContinualConfig,
+    entries: Sequence[Entry],
+    data: Mapping[str, TraceData],
+    floors: Mapping[str, Floor],
+    rows: Sequence[TaskRows],
+    results: Mapping[str, Sequence[SequenceResult]],
+    manifest: dict[str, Any],
+) -> Report:
+    """The report of a finished run; `results` holds each method's seeds in order."""
+    values = np.array([floors[name].value for name in data])
+    floor_values = np.where(values < 1.0, values, np.nan)  # nothing lies above a perfect floor
+    clusters = {name: _prompt_labels(one) for name, one in data.items()}
+    methods = {
+        entry.name: method_section(entry, results[entry.name], data, floor_values, clusters, config.seed)
+        for entry in entries
+    }
+    first = entries[0].name
+    main = methods[first]
+    sections: dict[str, Any] = {
+        "subject": first,
+        **{name: main["aggregates"][name]["value"] for name in HEADLINE},
+        "accuracy_matrix": main["accuracy_matrix"],
+        "tasks": list(data),
+        "floors": {name: vars(floor) for name, floor in floors.items()},
+        "task_facts": {name: one.facts.to_json() for name, one in data.items()},
+        "training_rows": {one.name: {**one.facts(), "epochs": one.epochs} for one in rows},
+        "methods": methods,
+        "differences": differences(entries, results, floor_values, clusters, config.seed),
+        "run": manifest,
+    }
+    baselines = {name: methods[name]["aggregates"] for name in methods if name != first}
+    baselines[FLOORS] = {
+        "op": {"value": float(values.mean()), "ci95": [None, None], "n": main["aggregates"]["op"]["n"]},
+        "op_norm": {"value": 0.0, "ci95": [None, None], "n": main["aggregates"]["op"]["n"]},
+    }
+    report = Report(
+        kind="continual",
+        protocol=protocol_of(config, data),
+        metrics=main["aggregates"],
+        baselines=baselines,
+        ledger=ledger_of(results),
+        warnings=warnings_of(config, data, floors, results),
+        sections=sections,
+    )
+    sections["panels"] = all_panels(config, entries, report)
+    return report
+
+
+def _prompt_labels(one: TraceData) -> np.ndarray:
+    """(n,) a number per test example, equal where prompts are."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(leak_key(record.prompt), len(known)) for record in one.test])
+
+
+def method_section(
+    entry: Entry,
+    results: Sequence[SequenceResult],
+    data: Mapping[str, TraceData],
+    floors: np.ndarray,
+    clusters: Mapping[str, np.ndarray],
+    seed: int,
+) -> dict[str, Any]:
+    """What the report says of one method: means over seeds, each seed, cost."""
+    runs = [result.scores for result in results]
+    intervals = aggregate_intervals(runs, floors=floors, clusters=clusters, seed=seed)
+    mean = np.stack([run.rounds for run in runs]).mean(axis=0)
+    each = per_seed(runs, floors)
+    return {
+        **entry.describe(),
+        "aggregates": {name: interval_entry(intervals[name]) for name in (*HEADLINE, *FURTHER)},
+        "per_seed": {name: [finite(value) for value in each[name]] for name in (*HEADLINE, *FURTHER)},
+        "accuracy_matrix": matrix_rows(mean[1:]),
+        "untouched": matrix_rows(mean[:1])[0],
+        "scores": {name: task_scores(at, results) for at, name in enumerate(data)},
+        "seeds": [
+            {
+                "seed": result.seed,
+                "accuracy_matrix": matrix_rows(result.scores.matrix),
+                "rounds": result.rounds,
+                "ability": result.ability,
+                "evaluation_seconds": round(sum(cell.facts["seconds"] for cell in result.cells.values()), 1),
+                "empty_predictions": sum(cell.facts["empty_predictions"] for cell in result.cells.values()),
+            }
+            for result in results
+        ],
+    }
+
+
+def task_scores(task: int, results: Sequence[SequenceResult]) -> dict[str, Any]:
+    """{"learnt", "final"}: means over seeds of every metric right after the task's own training, and at the end."""
+    last = len(results[0].scores.tasks)
+    found: dict[str, Any] = {"primary": "", "n": 0}
+    for name, after in (("learnt", task + 1), ("final", last)):
+        cells = [cell for result in results for at, cell in result.cells.items() if tuple(at) == (after, task)]
+        found[name] = (
+            {metric: float(np.mean([cell.items[metric].mean() for cell in cells])) for metric in cells[0].items}
+            if cells
+            else None
+        )
+        if cells:
+            found |= {"primary": cells[0].facts["primary"], "n": cells[0].facts["n"]}
+    return found
+
+
+def differences(
+    entries: Sequence[Entry],
+    results: Mapping[str, Sequence[SequenceResult]],
+    floors: np.ndarray,
+    clusters: Mapping[str, np.ndarray],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The first method minus each other one, paired over test examples and seeds."""
+    first, *others = (entry.name for entry in entries)
+    found = []
+    for other in others:
+        pair = ([result.scores for result in results[name]] for name in (first, other))
+        intervals = difference_intervals(*pair, floors=floors, clusters=clusters, seed=seed)
+        found += [
+            {"method": first, "against": other, "metric": metric, **interval_entry(intervals[metric])}
+            for metric in HEADLINE
+        ]
+    return found
+
+
+def interval_entry(interval: Interval) -> dict[str, Any]:
+    """{"value", "ci95", "n"}, None where undefined."""
+    return {
+        "value": finite(interval.value),
+        "ci95": [finite(interval.low), finite(interval.high)],
+        "n": interval.n,
+    }
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is none."""
+    return float(value) if math.isfinite(value) else None
+
+
+def protocol_of(config: ContinualConfig, data: Mapping[str, TraceData]) -> dict[str, Any]:
+    """How the numbers were made."""
+    return {
+        "data": Path(config.data).name,
+        "benchmark": config.benchmark,
+        "mode": config.mode,
+        "tasks": list(data),
+        "backbone": config.backbone,
+        "evaluation": config.evaluation,
+        "answers": "greedy" if not config.temperature else f"sampled at temperature {config.temperature:g}",
+        "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
+        "loss_on": config.loss_on,
+        "optimiser": "AdamW, anew for each task (the benchmark's own LoRA run keeps its state)",
+        "seeds": list(config.all_seeds),
+        "intervals": f"95 %, {RESAMPLES} resamples of test prompts and of training seeds",
+    }
+
+
+def ledger_of(results: Mapping[str, Sequence[SequenceResult]]) -> dict[str, Any]:
+    """Sequences, rounds, evaluations and the seconds they took."""
+    every = [result for runs in results.values() for result in runs]
+    return {
+        "sequences": len(every),
+        "rounds": sum(len(result.rounds) for result in every),
+        "evaluations": sum(len(result.cells) for result in every),
+        "training_seconds": round(sum(one["seconds"] for result in every for one in result.rounds), 1),
+        "evaluation_seconds": round(
+            sum(cell.facts["seconds"] for result in every for cell in result.cells.values()), 1
+        ),
+    }
+
+
+def warnings_of(
+    config: ContinualConfig,
+    data: Mapping[str, TraceData],
+    floors: Mapping[str, Floor],
+    results: Mapping[str, Sequence[SequenceResult]],
+) -> list[str]:
+    """What a reader should know before quoting a number."""
+    found = []
+    if config.seeds < SEEDS_FOR_A_CLAIM:
+        found.append(
+            f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: the intervals cover test examples and hardly "
+            f"training; use --seeds {SEEDS_FOR_A_CLAIM} or more before claiming a difference"
+        )
+    if config.mode == "official":
+        leaking = {name: one.facts.test_in_train for name, one in data.items() if one.facts.test_in_train}
+        if leaking:
+            listed = ", ".join(f"{name} {count}" for name, count in leaking.items())
+            found.append(f"test prompts that training holds, too: {listed}; --mode clean leaves them out of training")
+    if config.evaluation == "cheap" and len(data) > 2:
+        found.append("forgetting and the average of OP need --evaluation triangle")
+    perfect = [name for name in data if floors[name].value >= 1.0]
+    if perfect:
+        found.append(f"no model is needed for {', '.join(perfect)} as drawn here: OP above floors is undefined")
+    if config.learning_rate == 0:
+        found.append("learning_rate is 0: nothing was learnt, on purpose")
+    for method, runs in results.items():
+        final = np.mean([result.scores.matrix[-1] for result in runs], axis=0)
+        low = [name for value, name in zip(final, data, strict=True) if value <= floors[name].value]
+        if low:
+            found.append(f"{method}: at the end not above what no model gets on {', '.join(low)}")
+        for name, empty in _empty_tasks(runs).items():
+            found.append(f"{method}: all answers of {name} were empty after round {', '.join(map(str, empty))}")
+    return found
+
+
+def _empty_tasks(runs: Sequence[SequenceResult]) -> dict[str, list[int]]:
+    """{task: rounds} of evaluations without a single answer."""
+    found: dict[str, list[int]] = {}
+    for result in runs:
+        for at, cell in result.cells.items():
+            if cell.facts["empty_predictions"] == cell.facts["n"]:
+                rounds = found.setdefault(result.scores.tasks[at.task], [])
+                if at.round not in rounds:
+                    rounds.append(at.round)
+    return found

@@ -1,0 +1,167 @@
+"""Options of `recollect continual`: one frozen dataclass for command line, YAML file and Python call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from recollect.continual.trace_tasks import STANDARD_ORDER, trace_tasks
+from recollect.errors import ConfigError
+
+LOOSE = frozenset({"method", "seeds", "set", "out", "resume", "overwrite", "dry_run", "ability"})
+"""Options a continued run may change: further methods and seeds, and what no number depends on."""
+
+
+@dataclass(frozen=True)
+class ContinualConfig:
+    """Which tasks are learnt in which order, by which methods; the defaults suit a first look on two CPU cores."""
+
+    data: str = "trace"
+    """Folder of the task folders, each with train.json, eval.json and test.json."""
+
+    benchmark: Literal["trace"] = "trace"
+    """What the folder holds."""
+
+    method: tuple[str, ...] = ("seq-lora",)
+    """Methods, comma separated; the first is what the report is about, the others stand beside it."""
+
+    tasks: tuple[str, ...] = STANDARD_ORDER
+    """Tasks in the order of training."""
+
+    backbone: str = "smollm2"
+    """Decoder that is tuned: smollm2, hf:ID, path:DIR or a folder."""
+
+    train_examples: int = 200
+    """Training examples per task at most; 0 = all."""
+
+    test_examples: int = 100
+    """Test examples per task at most; 0 = all."""
+
+    mode: Literal["official", "clean"] = "official"
+    """official = the files as they are; clean = one row a prompt, and no training row that a test repeats."""
+
+    epochs: int | None = 2
+    """Passes over each task (MH-MoE's study of small models: 2); none = the benchmark's own number for each task."""
+
+    seeds: int = 1
+    """Repetitions of everything with seeds --seed, --seed + 1, …; the examples stay the same."""
+
+    evaluation: Literal["cheap", "triangle", "square"] = "triangle"
+    """triangle = every task met so far after each; cheap = each task after its own training and at the end, which is
+    all OP and BWT need (forgetting needs more); square = every task after each."""
+
+    untouched: bool = False
+    """Also evaluate every task before any training."""
+
+    ability: bool = False
+    """Also answer the small set of general questions before and after."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; 0 = train without changing anything, a check."""
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Of the learning rate, in each task: constant, or half a cosine to 0."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+
+    batch_size: int = 8
+    """Rows in a batch."""
+
+    accumulation: int = 1
+    """Batches whose mean gradient makes one optimiser step."""
+
+    clip_norm: float | None = None
+    """Largest gradient norm; none = no clipping."""
+
+    match_budget: bool = False
+    """Give multi-head experts the rank that matches the parameters of LoRAMoE, where --set gives none."""
+
+    general_examples: int | None = None
+    """Instructions of Lima that replay may mix in, at most; 0 = none; none = in proportion to train_examples, as many
+    as the benchmark has (1 030 beside 5 000)."""
+
+    max_prompt: int = 1024
+    """Tokens of a prompt at most; longer ones lose the middle, never what they ask."""
+
+    max_answer: int = 512
+    """Tokens of an answer at most."""
+
+    truncation: Literal["body", "official_left"] = "body"
+    """official_left = drop ids from the left as the benchmark's own code does, the instruction first."""
+
+    template: Literal["none", "chat"] = "none"
+    """none = prompt and answer as they are; chat = the model's chat template, in training and testing."""
+
+    loss_on: Literal["answer", "all"] = "answer"
+    """Tokens that are learnt."""
+
+    temperature: float = 0.0
+    """Of the answers: 0 = greedy; the benchmark's own code samples at 0.1."""
+
+    max_new_tokens: int | None = None
+    """Ceiling of every answer's length; none = each task's own."""
+
+    similarity_backend: Literal["difflib", "levenshtein"] = "difflib"
+    """How matching characters are counted in code."""
+
+    sari_source: Literal["prompt", "paragraph"] = "prompt"
+    """What a simplification is compared with: the whole prompt as in the benchmark, or the paragraph."""
+
+    eval_batch: int | None = None
+    """Questions answered at a time; none = 16 on a CPU, 128 on a GPU. Another may change an answer by rounding."""
+
+    checkpoint_every: int = 20
+    """Optimiser steps between checkpoints inside a task."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the decoder; auto = bf16 where that is faster."""
+
+    set: tuple[str, ...] = ()
+    """Options of methods, each METHOD.NAME=VALUE."""
+
+    out: str | None = None
+    """Run folder; default: the first free runs/continual-DATA-N."""
+
+    resume: bool = False
+    """Continue the run in --out; what is finished is kept, further methods and seeds may be added."""
+
+    overwrite: bool = False
+    """Replace what is in --out."""
+
+    dry_run: bool = False
+    """Print the plan (rounds, steps, evaluations) and stop."""
+
+    seed: int = 0
+    """Seed of every random stream."""
+
+    def __post_init__(self) -> None:
+        trace_tasks(self.tasks)
+        if not self.method:
+            raise ConfigError("no method given; name at least one, e.g. seq-lora")
+        twice = [name for at, name in enumerate(self.method) if name in self.method[:at]]
+        if twice:
+            raise ConfigError(f"method {twice[0]!r} is given twice")
+        positive = ("seeds", "batch_size", "accumulation", "max_prompt", "max_answer", "checkpoint_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("epochs", "max_new_tokens", "eval_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1 or none, got {getattr(self, name)!r}")
+        for name in ("train_examples", "test_examples", "seed", "general_examples"):
+            if (getattr(self, name) or 0) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "weight_decay", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number not below 0, got {getattr(self, name)!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be positive or none, got {self.clip_norm!r}")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume and overwrite exclude each other; give one")
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """Seeds of the repetitions."""
+        return tuple(range(self.seed, self.seed + self.seeds))
