@@ -22,6 +22,7 @@ import numpy as np
 from recollect.config import build, to_dict, versions
 from recollect.errors import DataError, InputError, ModelFileError
 from recollect.io import atomic_open, read_json, sha256_file, tensor_bytes, write_json
+from recollect.tokenize.checkpoint import array_sha256
 from recollect.tokenize.groups import tuple_ids
 from recollect.tokenize.protocol import Encoding, ItemTokenizer
 from recollect.tokenize.text_form import codes_of, texts_of
@@ -38,14 +39,6 @@ ITEM_IDS = "item_ids.txt"
 INVERSE = "sid_to_items.jsonl"
 ENCODING = "encoding.safetensors"
 _ENCODING_ARRAYS = ("codes", "distance", "confidence", "entropy")
-
-
-def array_sha256(array: np.ndarray, *, block: int = 65536) -> str:
-    """Hex SHA-256 of an array's type, shape and values; a memory-mapped one is read block by block."""
-    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    for start in range(0, len(array), block):
-        digest.update(np.ascontiguousarray(array[start : start + block]).tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
@@ -152,14 +153,14 @@ class AutoencoderTokenizer(ItemTokenizer):
         self.preprocess = Preprocess(self.config)
         self.module: Autoencoder | None = None
 
+    @abstractmethod
     def quantiser(self) -> Any:
         """A fresh quantiser for `config`: a torch module and a `Quantiser`."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def latent_dim(self) -> int:
         """Dimension of the space that is quantised."""
-        raise NotImplementedError
 
     def check_fit(self, rows: np.ndarray, n_items: int, collaborative: np.ndarray | None) -> None:
         """Refuse what the method cannot be fitted on, before anything is computed."""

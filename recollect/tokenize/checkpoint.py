@@ -89,6 +89,11 @@ def rows_sha256(embeddings: np.ndarray, rows: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def array_sha256(values: np.ndarray | None) -> str:
-    """Hex SHA-256 of an array's bytes; "" for None."""
-    return "" if values is None else hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+def array_sha256(array: np.ndarray | None) -> str:
+    """Hex SHA-256 of an array's type, shape and values, "" for None; a memory-mapped one is read block by block."""
+    if array is None:
+        return ""
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    for start in range(0, len(array), _HASH_BLOCK):
+        digest.update(np.ascontiguousarray(array[start : start + _HASH_BLOCK]).tobytes())
+    return digest.hexdigest()

@@ -20,7 +20,8 @@ from recollect.errors import ConfigError
 from recollect.io import prepare_out, read_json, write_json
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
-from recollect.tokenize.artefact import MANIFEST, TokenizedItems, array_sha256
+from recollect.tokenize.artefact import MANIFEST, TokenizedItems
+from recollect.tokenize.checkpoint import array_sha256
 from recollect.tokenize.collisions import CollisionConfig, Resolution, resolve_collisions
 from recollect.tokenize.embeddings import Items
 from recollect.tokenize.fit_inputs import fit_inputs

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from recollect.continual.adapters.config import FFN_LINEARS, MoELoraConfig
-from recollect.continual.adapters.experts import ExpertBank
 from recollect.continual.adapters.lora import PlainLoraLinear
 from recollect.continual.adapters.loramoe import LoRAMoELinear
 from recollect.continual.adapters.mh_moe import AdapterFFN, AttentionTap, MHMoELinear, SharedRoutes, check_head_groups
@@ -26,18 +25,6 @@ from recollect.errors import ConfigError, InputError
 
 SHARED_ROUTER = "adapter_router"  # the submodule of an FFN that holds its shared routers
 _FUSED = ("gate_up_proj", *FFN_LINEARS)  # 3-D expert parameters of transformers 5
-
-
-class Adapter(Protocol):
-    """What every wrapped module has."""
-
-    base: nn.Module
-    bank: ExpertBank
-    name: str
-    enabled: bool
-
-    @property
-    def router(self) -> Router | None: ...
 
 
 class Removable(Protocol):
