@@ -47,7 +47,7 @@ class LoopConfig:
     epochs: int = 100
     """Passes over the batches, unless patience ends the run before."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; 0 = nothing moves (a check)."""
     weight_decay: float = 0.0
     """Decoupled weight decay; 0 makes it Adam."""
     warmup_steps: int = 0
@@ -73,8 +73,8 @@ class LoopConfig:
         for name in ("epochs", "accumulation", "validate_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
-            raise ConfigError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
+        if not self.learning_rate >= 0 or not math.isfinite(self.learning_rate):
+            raise ConfigError(f"learning_rate must be a number not below 0, got {self.learning_rate!r}")
         if self.weight_decay < 0 or self.warmup_steps < 0:
             raise ConfigError(
                 f"weight_decay and warmup_steps must not be negative, got {self.weight_decay!r}, {self.warmup_steps!r}"

@@ -39,7 +39,6 @@ from recollect.rng import stream
 from recollect.types import Report
 
 GENERAL_PER_TRAINING = 1030 / 5000  # rows of Lima beside the rows of a task in the benchmark's largest variant
-SMALLEST_RATE = 5e-324
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,7 @@ def _results(
     general = encode_rows(LIMA, shared.general, shared.tokens, shared.lengths, "answer")
     options = SequenceOptions(
         loop=LoopConfig(
-            # A rate of 0 is a check that nothing moves; no weight is as small as the smallest number there is.
-            learning_rate=config.learning_rate or SMALLEST_RATE,
+            learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             schedule=config.schedule,
             betas=(0.9, 0.95),

@@ -216,7 +216,7 @@ def test_reduced_precision_leaves_the_setting_as_it_was():
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number not below 0"),
         ({"weight_decay": -1.0}, "must not be negative"),
         ({"patience": 0}, "patience must be at least 1 or none"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or none"),

@@ -257,7 +257,7 @@ def test_a_learning_rate_that_blows_up_ends_in_an_error(rows):
         (RQVAEConfig, {"reconstruction_reduction": "max"}, "reconstruction_reduction must be 'sum' or 'mean'"),
         (RQVAEConfig, {"hidden": (512, 0)}, "hidden must be widths of at least 1"),
         (RQVAEConfig, {"steps": 0}, "steps must be at least 1"),
-        (RQVAEConfig, {"learning_rate": 0.0}, "learning_rate must be a positive number"),
+        (RQVAEConfig, {"learning_rate": -1.0}, "learning_rate must be a number not below 0"),
         (VQVAEConfig, {"levels": 2}, "vq-vae has 1 level"),
         (LETTERConfig, {"diversity_clusters": 0}, "diversity_clusters must be at least 1"),
         (LETTERConfig, {"codebook_size": 1}, "diversity loss needs 2 codes per level"),
