@@ -66,6 +66,12 @@ class LlmSRec:
             part = slice(low, min(low + rows, len(histories)))
             yield part, self._logits(states[part])
 
+    def user_states(self, histories: Sequence[np.ndarray]) -> Tensor:
+        """(B, d) vector of each history after the head of users; eval mode, no gradient."""
+        states = self.frozen.user_states(histories)
+        with torch.inference_mode():
+            return self.module.eval().user(states)
+
     def _logits(self, states: Tensor) -> np.ndarray:
         assert self.frozen.module is not None
         self.module.eval()

@@ -24,6 +24,8 @@ from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
 from recollect.distill.ensemble import EnsembleScores
 from recollect.distill.methods import IN_ROUNDS, Row, run_method
+from recollect.distill.order_sensitivity import order_sensitivity
+from recollect.distill.other_mask import other_mask
 from recollect.distill.report import make_report
 from recollect.distill.results import SeedResults
 from recollect.distill.stages import Stage, Stages, read_columns
@@ -36,11 +38,13 @@ from recollect.io import canonical_json, prepare_out, read_json, sha256_text, wr
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.llm_module import require_layers
-from recollect.rng import stream
+from recollect.recommenders.models import model_spec
 from recollect.types import Dataset, Report, Split
 
 METRICS_FILE = "metrics.jsonl"
 CHECKED_TOTALS = ("coverage@10", "gini@10")
+FLOORS = ("pop", "markov")
+"""Rows every table has (recsys_evaluation 8): what has learnt nothing but counts."""
 
 
 def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None = None, **options: Any) -> Report:
@@ -78,8 +82,9 @@ def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None 
         shop = Workshop(config, dataset, split, Stages(out / "stages", context), progress)
         seeds = [_run_seed(shop, seed) for seed in config.all_seeds]
         write_text(out / METRICS_FILE, "".join(_metric_lines(seeds)))
+        floors = {name: _floor(shop, name) for name in FLOORS}
         progress.stage("comparing")
-        report = make_report(config, dataset, split, seeds, manifest, shop.stages.seconds)
+        report = make_report(config, dataset, split, seeds, floors, manifest, shop.stages.seconds)
         report.save(out)
     finally:
         lock.release()
@@ -131,7 +136,8 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
         identity["text_fingerprint"] = text_fingerprint(dataset)
     path = out / "run.json"
     if config.overwrite:
-        shutil.rmtree(out / "stages", ignore_errors=True)
+        for name in ("stages", "floors"):
+            shutil.rmtree(out / name, ignore_errors=True)
         for name in ("report.json", "report.html", "tables.csv", METRICS_FILE):
             (out / name).unlink(missing_ok=True)
     elif path.is_file():
@@ -157,10 +163,15 @@ def _run_seed(shop: Workshop, seed: int) -> SeedResults:
         tables[name], totals[name] = _tested(shop, name, stage, seed)
     tables["ensemble"], totals["ensemble"] = _tested_ensemble(shop, crm, llm, ensemble, seed)
     shuffled = {
-        name: _shuffled(shop, stage, seed)
+        name: order_sensitivity(shop, stage, seed)
         for name, stage in named.items()
         if name in ("student_alone", "student_distilled") or "teacher" in name
     }
+    unmasked = {}
+    if seed == config.seed:
+        unmasked = {
+            name: other_mask(shop, stage, tables[name], seed) for name, stage in named.items() if "teacher" in name
+        }
     return SeedResults(
         seed=seed,
         stages=named,
@@ -168,9 +179,20 @@ def _run_seed(shop: Workshop, seed: int) -> SeedResults:
         tables=tables,
         totals=totals,
         shuffled=shuffled,
+        unmasked=unmasked,
         ensemble_weight=float(ensemble.info["weight"]),
         ensemble_validation=float(ensemble.info["validation"]),
     )
+
+
+def _floor(shop: Workshop, name: str) -> tuple[CaseTable, dict[str, Any]]:
+    """Test table and list totals of a model that no table goes without, fitted on the training events."""
+    spec = model_spec(name)
+
+    def load() -> Any:
+        return spec.open(spec.options({}, name)).fit(shop.dataset, shop.split)
+
+    return _evaluated(shop, name, shop.stages.folder.parent / "floors" / name, None, load)
 
 
 def _named_rows(config: DistillConfig, rows: Mapping[str, Row]) -> dict[str, Stage]:
@@ -203,7 +225,9 @@ def _tested_ensemble(
     return _evaluated(shop, "ensemble", ensemble.folder, seed, load)
 
 
-def _evaluated(shop: Workshop, name: str, folder: Path, seed: int, load: Any) -> tuple[CaseTable, dict[str, Any]]:
+def _evaluated(
+    shop: Workshop, name: str, folder: Path, seed: int | None, load: Any
+) -> tuple[CaseTable, dict[str, Any]]:
     key = sha256_text(canonical_json(list(shop.config.k)))[:8]
     columns_file, facts_file = folder / f"test-{key}.safetensors", folder / f"test-{key}.json"
     none = np.zeros(0, dtype=np.int64)
@@ -237,34 +261,6 @@ def _evaluated(shop: Workshop, name: str, folder: Path, seed: int, load: Any) ->
         protocol=facts["protocol"],
     )
     return table, facts["totals"]
-
-
-class _Shuffled:
-    """A model that reads every history in a random order, fixed per history."""
-
-    def __init__(self, model: Any, seed: int) -> None:
-        self.name, self.n_items = model.name, model.n_items
-        self._model, self._seed = model, seed
-
-    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
-        mixed = []
-        for history in histories:
-            history = np.asarray(history)
-            generator = stream(self._seed, "shuffled history", sha256_text(history.tobytes().hex()))
-            mixed.append(generator.permutation(history))
-        return self._model.score(mixed, candidates)
-
-
-def _shuffled(shop: Workshop, stage: Stage, seed: int) -> dict[str, float]:
-    """The primary metric with histories shuffled at test time, beside the one in order (llmd4rec 7.18)."""
-    metric = shop.config.primary_metric
-    path = stage.folder / f"shuffled-{metric.replace('@', '-')}.json"
-    if not path.is_file():
-        table = evaluate_ranker(
-            _Shuffled(stage.load(), seed), shop.dataset, shop.split, ks=shop.config.k, seed=seed, progress=shop.progress
-        )
-        write_json(path, {"shuffled": table.mean(metric)})
-    return read_json(path)
 
 
 def _metric_lines(seeds: Sequence[SeedResults]) -> Iterator[str]:

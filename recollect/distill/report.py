@@ -15,7 +15,7 @@ from recollect.distill.config import DistillConfig
 from recollect.distill.methods import Row
 from recollect.distill.report_panels import all_panels
 from recollect.distill.results import SEEDS_FOR_A_CLAIM, SeedResults
-from recollect.eval.case_table import RESAMPLES
+from recollect.eval.case_table import RESAMPLES, CaseTable
 from recollect.eval.comparison import Comparison, compare_models
 from recollect.types import Dataset, Report, Split
 
@@ -27,12 +27,14 @@ def make_report(
     dataset: Dataset,
     split: Split,
     seeds: Sequence[SeedResults],
+    floors: Mapping[str, tuple[CaseTable, Mapping[str, Any]]],
     manifest: dict[str, Any],
     seconds: Mapping[str, float],
 ) -> Report:
     """The report of a finished run.
 
     Args:
+        floors: {model: test table and list totals} of rows that are shown and not tested against.
         seconds: training time of every stage behind it, by name; each counts once however many rows share it.
     """
     metric = config.primary_metric
@@ -47,9 +49,16 @@ def make_report(
         if against in tables
     }
     main = comparisons[AGAINST[0]]
+    # Beside the first run of the baseline, so that another protocol would be refused; no p-value is adjusted for them.
+    shown = compare_models(
+        {AGAINST[0]: tables[AGAINST[0]][:1], **{name: table for name, (table, _) in floors.items()}},
+        tested=[],
+        totals={name: [found] for name, (_, found) in floors.items()},
+        seed=config.seed,
+    ).models
     differences = [row for one in comparisons.values() for row in one.differences]
     sections: dict[str, Any] = {
-        "models": main.models,
+        "models": {**main.models, **{name: shown[name] for name in floors}},
         "primary_metric": metric,
         "baseline": AGAINST[0],
         "differences": differences,
@@ -60,6 +69,7 @@ def make_report(
             "validation": [results.ensemble_validation for results in seeds],
         },
         "shuffled_histories": sensitivity(metric, main, seeds),
+        "other_mask": seeds[0].unmasked,
         "half_rounds": {
             method: [half_rounds(results.rows[method]) for results in seeds if method in results.rows]
             for method in config.rows
@@ -107,13 +117,15 @@ def half_rounds(row: Row) -> list[dict[str, Any]]:
 
 
 def sensitivity(metric: str, main: Comparison, seeds: Sequence[SeedResults]) -> dict[str, dict[str, float]]:
-    """How much each model loses when histories are shuffled: {"in_order", "shuffled", "relative"} (llmd4rec 7.18)."""
+    """How much each model loses when histories are shuffled: {"in_order", "shuffled", "relative", "cosine" of its user
+    vectors} (llmd4rec 7.18)."""
     found = {}
     for name in seeds[0].shuffled:
         in_order = float(main.models[name][metric]["value"])
         shuffled = float(np.mean([results.shuffled[name]["shuffled"] for results in seeds]))
         relative = (shuffled - in_order) / in_order if in_order else 0.0
-        found[name] = {"in_order": in_order, "shuffled": shuffled, "relative": relative}
+        cosine = float(np.mean([results.shuffled[name]["cosine"] for results in seeds]))
+        found[name] = {"in_order": in_order, "shuffled": shuffled, "relative": relative, "cosine": cosine}
     return found
 
 

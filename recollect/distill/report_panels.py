@@ -21,7 +21,7 @@ def all_panels(config: DistillConfig, report: Report, seeds: Sequence[SeedResult
     if report.sections["goals"]:
         found.append(goal_panel(report))
     found += [*round_panels(config, seeds, metric), *weight_panels(config, seeds)]
-    found += [shuffle_panel(report, metric), cost_panel(report), method_panel(config)]
+    found += [mask_panel(report, metric), shuffle_panel(report, metric), cost_panel(report), method_panel(config)]
     return found
 
 
@@ -41,7 +41,7 @@ def accuracy_panel(config: DistillConfig, report: Report) -> dict[str, Any]:
         "columns": ["model", *columns],
         "rows": rows,
         "note": f"student: {config.student}; teacher: {config.teacher}; distilled: {config.method}. "
-        "Names with a slash are a method's two sides.",
+        "Names with a slash are a method's two sides; pop counts training events, markov what followed the last item.",
         "terminal": True,
     }
 
@@ -195,19 +195,34 @@ def weight_panels(config: DistillConfig, seeds: Sequence[SeedResults]) -> list[d
     return found
 
 
+def mask_panel(report: Report, metric: str) -> dict[str, Any]:
+    """The LLM rows under both masks."""
+    found = report.sections["other_mask"]
+    return {
+        "kind": "table",
+        "title": f"{metric} of the LLM rows with and without masking seen items",
+        "columns": ["model", "history masked (the other tables)", "nothing masked"],
+        "rows": [
+            [name, *({key: entry[part][key] for key in ("value", "ci95")} for part in ("own", "other"))]
+            for name, entry in found.items()
+        ],
+        "note": "First seed. Published rows differ in the mask.",
+    }
+
+
 def shuffle_panel(report: Report, metric: str) -> dict[str, Any]:
     """Who reads the order of a history."""
     found = report.sections["shuffled_histories"]
     return {
         "kind": "table",
         "title": f"{metric} with shuffled histories",
-        "columns": ["model", "in order", "shuffled", "change"],
+        "columns": ["model", "in order", "shuffled", "change", "cosine of user vectors"],
         "rows": [
-            [name, entry["in_order"], entry["shuffled"], f"{100 * entry['relative']:+.1f} %"]
+            [name, entry["in_order"], entry["shuffled"], f"{100 * entry['relative']:+.1f} %", entry["cosine"]]
             for name, entry in found.items()
         ],
         "note": "Mean over seeds, without intervals: one random order per history. A model that loses nothing shows no "
-        "use of the order.",
+        "use of the order. Cosine: between the vectors of a history in order and shuffled; 1 = taken for a set.",
     }
 
 

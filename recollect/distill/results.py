@@ -17,7 +17,8 @@ SEEDS_FOR_A_CLAIM = 3
 class SeedResults:
     """What one seed made. stages, tables, totals: by the table's model names; rows: by method.
 
-    shuffled: the primary metric with shuffled histories, of the LLM models and two conventional ones.
+    shuffled: `order_sensitivity` of the LLM models and two conventional ones.  unmasked: `other_mask` of the LLM
+    models, in the first seed.
     """
 
     seed: int
@@ -26,5 +27,6 @@ class SeedResults:
     tables: Mapping[str, CaseTable]
     totals: Mapping[str, Mapping[str, Any]]
     shuffled: Mapping[str, Mapping[str, float]]
+    unmasked: Mapping[str, Mapping[str, Any]]
     ensemble_weight: float
     ensemble_validation: float

@@ -99,27 +99,15 @@ def group_fairness(
         InputError: the groups are over other users, no evaluated user is in one, or a value is not finite.
     """
     users, values = table.per_user(metric)
-    if len(users) and users.max() >= len(groups.code):
-        raise InputError(f"the groups cover {len(groups.code)} users, but user {int(users.max())} was evaluated")
     if not np.isfinite(values).all():
         raise InputError(f"{metric!r} of {table.model!r} holds {int((~np.isfinite(values)).sum())} non-finite values")
-    code = groups.code[users]
+    code, present = _members(users, groups, table.model)
     grouped = code >= 0
-    present = np.unique(code[grouped])
-    if not len(present):
-        raise InputError(f"no evaluated user of {table.model!r} is in any of the groups {', '.join(groups.names)}")
     member = (code[grouped][:, None] == present[None, :]).astype(np.float64)  # (U, G)
-    total = member * values[grouped][:, None]
     names = [groups.names[index] for index in present]
     size = member.sum(axis=0)
-    means = total.sum(axis=0) / size
-    drawn = np.full((resamples, len(names)), np.nan)
-    n_users, start = len(total), 0
-    if n_users > 1:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            for weights in resample_weights(n_users, resamples, seed):
-                drawn[start : start + len(weights)] = (weights @ total) / (weights @ member)
-                start += len(weights)
+    means, drawn = _group_ratios(member * values[grouped][:, None], member, resamples, seed)
+    n_users = len(member)
     gap = float(means.max() - means.min())
     worst = int(means.argmin())
     return {
@@ -133,6 +121,72 @@ def group_fairness(
         "ratio": float(means.min() / means.max()) if means.max() > 0 else None,
         "n_ungrouped": int((~grouped).sum()),
     }
+
+
+def group_lift(
+    table: CaseTable, groups: UserGroups, *, k: int = 10, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """dGAP of each user group: mean popularity of its lists over that of its profiles, minus 1; 0 = as popular.
+
+    Args:
+        table: with the columns arp@k and gap_profile of `list_metrics.list_columns`.
+
+    Returns:
+        {"metric", "groups": {name: {"value", "ci95", "n": users}}, "gap": entry of largest - smallest, "furthest":
+        {"group", "value"} from 0, "n_ungrouped"}. A group whose profiles hold no training event has no value, and is in
+        neither gap nor furthest. Draws of the gap are moved as in `group_fairness`.
+
+    Raises:
+        InputError: the table lacks a column, the groups are over other users, or no evaluated user is in one.
+    """
+    users, of_list = table.per_user(f"arp@{k}")
+    of_profile = table.per_user("gap_profile")[1]
+    code, present = _members(users, groups, table.model)
+    grouped = code >= 0
+    member = (code[grouped][:, None] == present[None, :]).astype(np.float64)  # (U, G)
+    tops, bottoms = (member * column[grouped][:, None] for column in (of_list, of_profile))
+    lift, drawn = (ratio - 1.0 for ratio in _group_ratios(tops, bottoms, resamples, seed))
+    size = member.sum(axis=0)
+    names = [groups.names[index] for index in present]
+    known = np.flatnonzero(np.isfinite(lift))
+    gap, draws = math.nan, np.zeros(0)
+    if len(known):
+        gap = float(lift[known].max() - lift[known].min())
+        draws = centred(gap, drawn[:, known].max(axis=1) - drawn[:, known].min(axis=1))
+    furthest = int(known[np.abs(lift[known]).argmax()]) if len(known) else None
+    return {
+        "metric": f"dgap@{k}",
+        "groups": {
+            name: entry(interval_of_draws(float(lift[column]), drawn[:, column], int(size[column])))
+            for column, name in enumerate(names)
+        },
+        "gap": entry(interval_of_draws(gap, draws, len(member))),
+        "furthest": None if furthest is None else {"group": names[furthest], "value": float(lift[furthest])},
+        "n_ungrouped": int((~grouped).sum()),
+    }
+
+
+def _members(users: np.ndarray, groups: UserGroups, model: str) -> tuple[np.ndarray, np.ndarray]:
+    """Group (U,) of each evaluated user, -1 = none, and the groups (G,) that any of them is in."""
+    if len(users) and users.max() >= len(groups.code):
+        raise InputError(f"the groups cover {len(groups.code)} users, but user {int(users.max())} was evaluated")
+    code = groups.code[users]
+    present = np.unique(code[code >= 0])
+    if not len(present):
+        raise InputError(f"no evaluated user of {model!r} is in any of the groups {', '.join(groups.names)}")
+    return code, present
+
+
+def _group_ratios(tops: np.ndarray, bottoms: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """sum(tops) / sum(bottoms) of every group (G,), from (U, G), and over resamples of the users (B, G); 0/0 is NaN."""
+    drawn = np.full((resamples, tops.shape[1]), np.nan)
+    start = 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if len(tops) > 1:
+            for weights in resample_weights(len(tops), resamples, seed):
+                drawn[start : start + len(weights)] = (weights @ tops) / (weights @ bottoms)
+                start += len(weights)
+        return tops.sum(axis=0) / bottoms.sum(axis=0), drawn
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> np.ndarray:

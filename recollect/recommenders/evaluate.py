@@ -2,7 +2,7 @@
 
 Everything a number depends on is in the report's protocol block; whatever was fitted and tested is on disk
 (`recollect.recommenders.evaluate_runs`) and is never computed twice. The test set is opened once per (model, seed);
-what is chosen (epochs, the baseline to compare with) is chosen on validation.
+what is chosen (epochs, a point of a grid, the baseline to compare with) is chosen on validation.
 
 Source: recsys_evaluation 3 and 6.
 """
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recollect.config import build, check_same_run, run_manifest, to_dict
+from recollect.config import build, check_same_run, load_yaml, run_manifest, to_dict
 from recollect.data import (
     fingerprint,
     global_temporal,
@@ -33,10 +33,10 @@ from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.evaluate_config import EvaluateConfig
+from recollect.recommenders.evaluate_grid import choose, make_grid
 from recollect.recommenders.evaluate_groups import groups_by_attribute
 from recollect.recommenders.evaluate_report import make_report, plan_report
 from recollect.recommenders.evaluate_runs import (
-    Entry,
     Unit,
     fit,
     is_finished,
@@ -53,6 +53,7 @@ def evaluate(
     data: str | Path | Dataset = "harbor",
     *,
     model_options: Mapping[str, Mapping[str, Any]] | None = None,
+    grid: str | Path | Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
@@ -61,6 +62,7 @@ def evaluate(
     Args:
         data: bundled world, registered name, path, or a `Dataset` (which `core` still filters).
         model_options: {row: {option: value}}; a row of another name than a model says which one by "model".
+        grid: {row: {option: [value, …]}} to tune with, or the YAML file of it; see `evaluate_grid`.
         progress: where to say how far the run is; silent by default.
         options: fields of `EvaluateConfig`.
 
@@ -74,31 +76,49 @@ def evaluate(
         JournalLocked: another process writes to `out`.
     """
     given = {"data": data.name if isinstance(data, Dataset) else str(data)}
+    if grid is not None and not isinstance(grid, Mapping):
+        options["grid"] = grid
     named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     config = build(EvaluateConfig, {**given, **named}, "the options of evaluate")
     entries = make_entries(config.models, model_options or {})
+    tuning = make_grid(
+        grid if isinstance(grid, Mapping) else load_yaml(config.grid, "--grid") if config.grid else {},
+        entries,
+        model_options or {},
+        config.grid or "the grid",
+        allow_unequal=config.unequal_budgets,
+    )
     if _n_processes() > 1 and not config.dry_run and config.out is None:
         raise ConfigError("several processes (torchrun) share one run folder; name it by --out DIR")
+    if _n_processes() > 1 and tuning.points:
+        raise ConfigError("a grid is run by one process; run it without torchrun, then the options it chose with")
     progress = progress or SilentProgress()
     progress.stage("reading the data")
     dataset = prepare(data if isinstance(data, Dataset) else load_dataset(data, seed=config.seed), config)
     split = make_split(dataset, config)
-    units = make_units(entries, config)
+    if tuning.points and not len(split.valid_row):
+        raise InputError("a grid is chosen from on validation, and this split has no validation case; leave it out")
+    fixed = [entry for entry in entries if entry.label not in tuning.points]
+    units = [*make_units(fixed, config), *tuning.units(config)]
     if config.tie_shuffles:
         tie_shuffle(dataset, 1)  # data without a clock are refused before anything is fitted
     groups_by_attribute(dataset, config.attributes)  # so are attributes that make no groups
     if config.dry_run:
-        return plan_report(config, dataset, split, units)
+        return plan_report(config, dataset, split, units, n_later=tuning.n_later(config))
     if is_helper():
         help_training(config, dataset, split, units, Path(str(config.out)))
         return plan_report(config, dataset, split, units)
     out = prepare_out(config.out or free_folder(dataset.name), resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
-        manifest = open_run(config, dataset, split, entries, out)
+        models = {entry.label: tuning.describe(entry) for entry in entries}
+        manifest = open_run(config, dataset, split, models, units, out)
+        run_units(config, dataset, split, tuning.units(config), out, progress)
+        chosen = {label: choose(points, config, out) for label, points in tuning.points.items()}
+        units = make_units([chosen.get(entry.label, entry) for entry in entries], config)
         run_units(config, dataset, split, units, out, progress)
         progress.stage("comparing")
-        report = make_report(config, dataset, split, units, out, manifest)
+        report = make_report(config, dataset, split, units, out, manifest, tuning, chosen)
         report.save(out)
         write_text(out / "tables.csv", table_csv(report))
     finally:
@@ -155,9 +175,17 @@ def free_folder(data: str) -> Path:
 
 
 def open_run(
-    config: EvaluateConfig, dataset: Dataset, split: Split, entries: Sequence[Entry], out: Path
+    config: EvaluateConfig,
+    dataset: Dataset,
+    split: Split,
+    models: Mapping[str, Any],
+    units: Sequence[Unit],
+    out: Path,
 ) -> dict[str, Any]:
     """Write `run.json`, or check that the run found there is this one; its content.
+
+    Args:
+        models: {label: what its row is}.
 
     Raises:
         ResumeRefused: the run in `out` is another one; the message names the first difference.
@@ -175,7 +203,7 @@ def open_run(
         now = {**identity, "data_fingerprint": dataset.meta["fingerprint"]}
         check_same_run({**held, "identity": before}, "evaluate", now, out)
     texts = item_text_fingerprint(dataset)
-    for unit in make_units(entries, config):
+    for unit in units:
         # Refuses a row that was made with other options or texts, before anything is fitted.
         if is_finished(unit, out):
             require_same_texts(unit, out, texts)
@@ -183,7 +211,7 @@ def open_run(
         "evaluate",
         to_dict(config),
         dataset.meta["fingerprint"],
-        {entry.label: entry.describe() for entry in entries},
+        models,
         config.seed,
     )
     manifest |= {"identity": identity, "text_fingerprint": texts}

@@ -58,6 +58,13 @@ class EvaluateConfig:
     seeds: int = 1
     """Repetitions of every model that draws random numbers, with seeds --seed, --seed + 1, …"""
 
+    grid: str | None = None
+    """YAML file of values to tune with, ROW: {OPTION: [VALUE, …]}: every combination is fitted once with the first
+    seed, the one that is best on validation is the row; every row with options gets equally many."""
+
+    unequal_budgets: bool = False
+    """Let a grid give rows different numbers of points; the report then warns of it."""
+
     batch_size: int = 256
     """Cases scored at once."""
 

@@ -16,7 +16,15 @@ import numpy as np
 
 from recollect.errors import InputError
 from recollect.eval.case_table import CaseTable
-from recollect.eval.user_groups import UserGroups, activity_groups, attribute_groups, group_fairness, head_share_groups
+from recollect.eval.user_groups import (
+    UserGroups,
+    activity_groups,
+    attribute_groups,
+    group_fairness,
+    group_lift,
+    head_share_groups,
+)
+from recollect.recommenders.evaluate_config import EvaluateConfig
 from recollect.types import Dataset, Split
 
 GROUP_RESAMPLES = 2_000
@@ -59,11 +67,7 @@ def user_groups(
         The same groups for every label, also for one refitted on validation events. Without a partition in which some
         evaluated user has a training event: {}.
     """
-    partitions = {
-        "activity": activity_groups(dataset, split.train),
-        "head share": head_share_groups(dataset, split.train),
-        **groups_by_attribute(dataset, attributes),
-    }
+    partitions = _partitions(dataset, split, attributes)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, groups in partitions.items():
         for label, runs in tables.items():
@@ -74,3 +78,28 @@ def user_groups(
             of_row = group_fairness(whole, metric, groups, resamples=GROUP_RESAMPLES, seed=seed)
             found.setdefault(name, {})[label] = of_row
     return found
+
+
+def lift_by_group(
+    tables: Mapping[str, Sequence[CaseTable]], dataset: Dataset, split: Split, config: EvaluateConfig
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """{partition: {label: `group_lift` of the mean list over seeds}}, the groups of `user_groups`."""
+    cut = config.primary_cut
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, groups in _partitions(dataset, split, config.attributes).items():
+        for label, runs in tables.items():
+            if not (groups.code[runs[0].user] >= 0).any():
+                continue
+            shown = np.mean([run.column(f"arp@{cut}") for run in runs], axis=0)
+            whole = runs[0].with_columns({f"arp@{cut}": shown})
+            of_row = group_lift(whole, groups, k=cut, resamples=GROUP_RESAMPLES, seed=config.seed)
+            found.setdefault(name, {})[label] = of_row
+    return found
+
+
+def _partitions(dataset: Dataset, split: Split, attributes: Sequence[str]) -> dict[str, UserGroups]:
+    return {
+        "activity": activity_groups(dataset, split.train),
+        "head share": head_share_groups(dataset, split.train),
+        **groups_by_attribute(dataset, attributes),
+    }

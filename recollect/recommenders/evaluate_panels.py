@@ -7,9 +7,9 @@ from typing import Any
 
 from recollect.eval.formats import number
 from recollect.recommenders.evaluate_config import EvaluateConfig
+from recollect.recommenders.evaluate_grid import tuning_panels
+from recollect.recommenders.evaluate_group_panels import DIGITS, cell, group_panels
 from recollect.types import Report
-
-DIGITS = 4
 
 
 def all_panels(
@@ -25,21 +25,16 @@ def all_panels(
         lists(report, config),
         exposure(report, config),
         *calibration(report, config),
-        *groups(report, metric),
+        *group_panels(report, metric),
     ]
     if report.sections["tie_orders"]:
         shown.append(orders(report, metric))
     if any(row["other_mask"] for row in report.sections["rows"].values()):
         shown.append(masks(report, config))
+    shown += tuning_panels(report.sections["tuning"], config.seed)
     shown += learning_curves(curves)
     shown += [leaks(report), costs(report)]
     return shown
-
-
-def _cell(found: Mapping[str, Any] | None) -> dict[str, Any]:
-    if found is None:
-        return {"value": None}
-    return {"value": found["value"], "ci95": found.get("ci95"), "digits": DIGITS}
 
 
 def headline(report: Report, metric: str) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def accuracy(report: Report, config: EvaluateConfig) -> dict[str, Any]:
                 label,
                 len(rows[label]["seeds"]) or "none",
                 {"value": (rows[label]["validation"] or {}).get(primary), "digits": DIGITS},
-                *(_cell(table.get(metric)) for metric in metrics),
+                *(cell(table.get(metric)) for metric in metrics),
             ]
             for label, table in models.items()
         ],
@@ -138,7 +133,7 @@ def difference_panels(report: Report, metric: str) -> list[dict[str, Any]]:
         "rows": [
             [
                 row["model"],
-                _cell(row),
+                cell(row),
                 "–" if row["relative"] is None else f"{row['relative']:+.1%}",
                 row["users_changed"],
                 {"value": row["p_holm"], "digits": DIGITS},
@@ -184,7 +179,7 @@ def lists(report: Report, config: EvaluateConfig) -> dict[str, Any]:
             "construction, so the draws for coverage and Gini are moved onto the value."
         ),
         "columns": ["model", *metrics],
-        "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
+        "rows": [[label, *(cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
     }
 
 
@@ -203,7 +198,7 @@ def exposure(report: Report, config: EvaluateConfig) -> dict[str, Any]:
             "onto the value, as above; no value: nothing relevant was shown."
         ),
         "columns": ["model", *metrics],
-        "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
+        "rows": [[label, *(cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
     }
 
 
@@ -223,71 +218,7 @@ def calibration(report: Report, config: EvaluateConfig) -> list[dict[str, Any]]:
                 "categories count in equal shares; a history without any counts 0."
             ),
             "columns": ["model", *metrics],
-            "rows": [[label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
-        }
-    ]
-
-
-GROUP_NAMES = {"activity": ("q1", "q2", "q3"), "head share": ("niche", "balanced", "mainstream")}
-
-
-def groups(report: Report, metric: str) -> list[dict[str, Any]]:
-    """The primary metric by group of users: both partitions by events in one table, and one for each attribute."""
-    every = report.sections["user_groups"]
-    found = {name: rows for name, rows in every.items() if name in GROUP_NAMES}
-    return _by_events(found, metric) + [
-        _by_attribute(name, rows, metric) for name, rows in every.items() if name not in GROUP_NAMES
-    ]
-
-
-def _by_attribute(name: str, rows: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    sizes = {group: cell["n"] for group, cell in next(iter(rows.values()))["groups"].items()}
-    return {
-        "kind": "table",
-        "title": f"{metric.upper()} by {name} of users",
-        "note": (
-            f"Users per group: {', '.join(f'{group} {size:,}' for group, size in sizes.items())}. Gap = best minus "
-            "worst group; chance alone makes it positive, so its draws are moved onto the value, and it grows with the "
-            "number of groups."
-        ),
-        "columns": ["model", *sizes, "gap", "worst"],
-        "rows": [
-            [label, *(_cell(row["groups"][group]) for group in sizes), _cell(row["gap"]), row["worst"]["group"]]
-            for label, row in rows.items()
-        ],
-    }
-
-
-def _by_events(found: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
-    if not found:
-        return []
-    sizes = []
-    for partition, rows in found.items():
-        of_group = next(iter(rows.values()))["groups"]
-        listed = ", ".join(f"{name} {of_group[name]['n']:,}" for name in GROUP_NAMES[partition] if name in of_group)
-        sizes.append(f"{partition}: {listed}")
-    return [
-        {
-            "kind": "table",
-            "title": f"{metric.upper()} by group of users",
-            "note": (
-                "Groups come from training events only: thirds of the users by their number of events (q1 the "
-                "fewest), and 20/60/20 % by the share of head items among them. Users per group, "
-                f"{'; '.join(sizes)}. Gap = best minus worst group; chance alone makes it positive, so its draws are "
-                "moved onto the value."
-            ),
-            "columns": ["users by", "model", "q1 / niche", "q2 / balanced", "q3 / mainstream", "gap", "worst"],
-            "rows": [
-                [
-                    partition,
-                    label,
-                    *(_cell(row["groups"].get(name)) for name in GROUP_NAMES[partition]),
-                    _cell(row["gap"]),
-                    row["worst"]["group"],
-                ]
-                for partition, rows in found.items()
-                for label, row in rows.items()
-            ],
+            "rows": [[label, *(cell(table.get(metric)) for metric in metrics)] for label, table in models.items()],
         }
     ]
 
@@ -321,7 +252,7 @@ def masks(report: Report, config: EvaluateConfig) -> dict[str, Any]:
     for label, row in report.sections["rows"].items():
         if row["other_mask"]:
             other = row["other_mask"]
-            rows.append([label, _cell(other["own"]), other["mask"], _cell(other["other"])])
+            rows.append([label, cell(other["own"]), other["mask"], cell(other["other"])])
     return {
         "kind": "table",
         "title": f"Text models with another mask of seen items, {metric.upper()}",

@@ -24,7 +24,8 @@ from recollect.eval.list_metrics import EXPOSURE_RESAMPLES
 from recollect.io import read_json
 from recollect.recommenders import evaluate_panels as panels
 from recollect.recommenders.evaluate_config import EvaluateConfig
-from recollect.recommenders.evaluate_groups import GROUP_RESAMPLES, user_groups
+from recollect.recommenders.evaluate_grid import Grid, tuned_row
+from recollect.recommenders.evaluate_groups import GROUP_RESAMPLES, lift_by_group, user_groups
 from recollect.recommenders.evaluate_runs import CASES_FILE, RESULT_FILE, Entry, Unit, is_finished, read_metrics
 from recollect.tracking import Tracker
 from recollect.types import Dataset, Report, Split
@@ -93,9 +94,20 @@ def stored_table(path: Path, label: str, result: Mapping[str, Any], dataset: Dat
 
 
 def make_report(
-    config: EvaluateConfig, dataset: Dataset, split: Split, units: Sequence[Unit], out: Path, manifest: dict[str, Any]
+    config: EvaluateConfig,
+    dataset: Dataset,
+    split: Split,
+    units: Sequence[Unit],
+    out: Path,
+    manifest: dict[str, Any],
+    tuning: Grid,
+    chosen: Mapping[str, Entry],
 ) -> Report:
-    """The report of a run whose units are all finished."""
+    """The report of a run whose units are all finished.
+
+    Args:
+        chosen: {label: its point} of every row that was tuned.
+    """
     rows = read_rows(units, dataset, split, out, None)
     metric = config.primary_metric
     baseline, why = choose_baseline(rows, metric)
@@ -109,6 +121,8 @@ def make_report(
     shuffles = {number: read_rows(units, dataset, split, out, number) for number in range(1, config.tie_shuffles + 1)}
     every = [row for table in (rows, *shuffles.values()) for row in table.values()]
     seconds = sum(sum(result["seconds"].values()) for row in every for result in row.results)
+    tuned = read_tuning(tuning, chosen, config, dataset, split, out)
+    seconds += sum(point["seconds"] for row in tuned.values() for point in row["points"] if not point["chosen"])
     report = Report(
         kind="evaluate",
         protocol={
@@ -118,14 +132,19 @@ def make_report(
             "n_users": len(np.unique(dataset.interactions.user[split.test_row])),
             "tied_target_share": tied_target_share(dataset, split) if dataset.clock == "unix" else None,
             "compared_with": f"{baseline}, {why}",
+            **({"tuning": tuning.rule(config)} if tuning.points else {}),
             "intervals": (
                 f"95 %, {RESAMPLES} resamples of users ({EXPOSURE_RESAMPLES} for what all lists have together, "
                 f"{GROUP_RESAMPLES} for groups of users)"
             ),
         },
         metrics={},
-        ledger={"rows": len(units), "seconds": round(seconds, 3)},
-        warnings=find_warnings(config, dataset, split, rows),
+        ledger={
+            "rows": len(units),
+            **({"grid_points": sum(len(points) for points in tuning.points.values())} if tuning.points else {}),
+            "seconds": round(seconds, 3),
+        },
+        warnings=[*tuning.warnings, *find_warnings(config, dataset, split, rows)],
         sections={
             "models": comparison.models,
             "rows": {label: row_details(row, len(split.test_row)) for label, row in rows.items()},
@@ -141,7 +160,9 @@ def make_report(
                 config.seed,
                 config.attributes,
             ),
+            "lift_groups": lift_by_group({label: row.tables for label, row in rows.items()}, dataset, split, config),
             "tie_orders": tie_orders(rows, shuffles),
+            "tuning": tuned,
             "run": manifest,
         },
     )
@@ -150,6 +171,21 @@ def make_report(
     }
     report.sections["panels"] = panels.all_panels(report, curves, config)
     return report
+
+
+def read_tuning(
+    tuning: Grid, chosen: Mapping[str, Entry], config: EvaluateConfig, dataset: Dataset, split: Split, out: Path
+) -> dict[str, dict[str, Any]]:
+    """{label: `tuned_row`} of every row that was tuned."""
+    metric, found = config.primary_metric, {}
+    for label, points in tuning.points.items():
+        tests = []
+        for point in points:
+            folder = out / Unit(point, config.seed if point.is_seeded else None).folder
+            table = stored_table(folder / CASES_FILE, label, read_json(folder / RESULT_FILE), dataset, split)
+            tests.append(table.aggregate([metric], resamples=GROUP_RESAMPLES, seed=config.seed)[metric])
+        found[label] = tuned_row(points, chosen[label], tests, config, out)
+    return found
 
 
 def choose_baseline(rows: Mapping[str, RowResult], metric: str) -> tuple[str, str]:
@@ -287,10 +323,17 @@ def leak_warnings(config: EvaluateConfig, rows: Mapping[str, RowResult]) -> list
     return found
 
 
-def plan_report(config: EvaluateConfig, dataset: Dataset, split: Split, units: Sequence[Unit]) -> Report:
-    """What a run would do; nothing is fitted or written."""
+def plan_report(
+    config: EvaluateConfig, dataset: Dataset, split: Split, units: Sequence[Unit], *, n_later: int = 0
+) -> Report:
+    """What a run would do; nothing is fitted or written.
+
+    Args:
+        n_later: units that are known only after points of a grid were chosen; counted as not yet run.
+    """
     out = None if config.out is None else Path(config.out)
     finished = [unit for unit in units if config.resume and out is not None and is_finished(unit, out)]
+    to_run = len(units) - len(finished) + n_later
     n_items = dataset.n_items
     saved_bytes = (
         sum(4 * n_items**2 for unit in units if unit.entry.spec and unit.entry.spec.name == "ease") * config.save_models
@@ -302,9 +345,9 @@ def plan_report(config: EvaluateConfig, dataset: Dataset, split: Split, units: S
         "training_interactions": int(split.train.sum()),
         "validation_cases": len(split.valid_row),
         "test_cases": len(split.test_row),
-        "rows_to_run": len(units) - len(finished),
+        "rows_to_run": to_run,
         "rows_finished": len(finished),
-        "scores_computed": (len(units) - len(finished)) * (len(split.valid_row) + len(split.test_row)) * n_items,
+        "scores_computed": to_run * (len(split.valid_row) + len(split.test_row)) * n_items,
     }
     if any(unit.entry.spec and unit.entry.spec.name == "ease" for unit in units):
         numbers["ease_memory_gb"] = round(12 * n_items**2 / 1e9, 3)

@@ -1,6 +1,6 @@
 """One row of an evaluation, fitted and evaluated once: a (model, seed, order of ties), in a folder of its own.
 
-    rows/MODEL/once | seed-N [-shuffle-S]/
+    rows/MODEL/[point-HASH/] once | seed-N [-shuffle-S]/        (HASH: of the options of a point of a grid)
         cases.parquet     one line per test case: user, targets, recommended items, every metric
         result.json       options, validation, list metrics, leak check, times; written last: the row is finished
         metrics.jsonl     the learning curve of a trained model
@@ -13,9 +13,10 @@ A finished row is never computed again, so the test set is opened once per (mode
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,16 @@ SAVED = "path:"
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: a model with options under a label, or a saved model's folder."""
+    """One row of the table: a model with options under a label, or a saved model's folder.
+
+    point: the options that a grid chose from, as pairs; empty without a grid.
+    """
 
     label: str
     spec: ModelSpec | None
     options: Any = None
     saved: Path | None = None
+    point: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_seeded(self) -> bool:
@@ -60,9 +65,11 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """The label as a folder name."""
+        """The label as a folder name; points of a grid are told apart by all their options."""
         if self.saved is not None:
             return f"saved-{sha256_text(self.label)[:12]}"
+        if self.point:
+            return f"{self.label}/point-{sha256_text(json.dumps(self.describe(), sort_keys=True))[:12]}"
         return self.label
 
     def describe(self) -> dict[str, Any]:
@@ -75,6 +82,11 @@ class Entry:
         options = to_dict(self.options)
         options.pop("seed", None)
         return {"model": self.spec.name, "options": options}
+
+
+def options_text(options: Iterable[tuple[str, Any]]) -> str:
+    """Options for people, e.g. "hidden=64, dropout=0.1"."""
+    return ", ".join(f"{name}={value}" for name, value in options)
 
 
 def make_entries(models: Sequence[str], sections: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
@@ -131,6 +143,8 @@ class Unit:
     def title(self) -> str:
         """For people."""
         words = [self.entry.label]
+        if self.entry.point:
+            words[0] += f" ({options_text(self.entry.point)})"
         if self.seed is not None:
             words.append(f"seed {self.seed}")
         if self.shuffle is not None:

@@ -203,6 +203,11 @@ class NeuralRecommender:
                 scores[part] = torch.bmm(items[chosen[part]], users[part, :, None]).squeeze(2).float().cpu().numpy()
             return scores
 
+    def user_states(self, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None = None) -> Tensor:
+        """(B, D) vector of each history, which is cut to its last `max_length` items; eval mode, no gradient."""
+        with torch.inference_mode():
+            return self._users(histories, times)
+
     def _users(self, histories: Sequence[np.ndarray], times: Sequence[np.ndarray] | None) -> Tensor:
         """(B, D) user vectors."""
         times = self._checked_times(histories, times)

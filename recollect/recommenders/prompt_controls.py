@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from recollect.eval.statistics import cluster_bootstrap, entry
+from recollect.eval.user_groups import rank_agreement
 from recollect.recommenders.prompt_cases import PromptCases, requests_of, swapped_labels
 from recollect.recommenders.prompt_metrics import Judge, Lists, jaccard, kendall_tau, sign_test
 from recollect.recommenders.prompted import RankingResponse
@@ -107,12 +108,14 @@ def label_sensitivity(
 def attribute_stability(
     judge: Judge, base: Lists, told: Mapping[str, Lists], *, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """{attribute: {"jaccard", "ndcg"}}: overlap at k of the lists with and without it, and the change of NDCG."""
+    """{attribute: {"jaccard", "prag", "ndcg"}}: overlap at k of the lists with and without it, the share of ordered
+    pairs of the list without that the list with keeps (PRAG*), and the change of NDCG."""
     found = {}
     for name, lists in told.items():
-        overlap = jaccard(base.items[:, : judge.k], lists.items[:, : judge.k])
+        tops = base.items[:, : judge.k], lists.items[:, : judge.k]
         found[name] = {
-            "jaccard": entry(cluster_bootstrap(overlap, judge.users, n=resamples, seed=seed)),
+            "jaccard": entry(cluster_bootstrap(jaccard(*tops), judge.users, n=resamples, seed=seed)),
+            "prag": entry(cluster_bootstrap(rank_agreement(*tops), judge.users, n=resamples, seed=seed)),
             "ndcg": judge.difference(judge.name("ndcg"), lists.items, base.items, resamples=resamples, seed=seed),
         }
     return found

@@ -142,31 +142,68 @@ class Judge:
         )
 
     def groups(self, items: np.ndarray, *, resamples: int, seed: int) -> dict[str, Any]:
-        """{metric: {"niche", "balanced", "mainstream", "gap": entry, "worst"}} of every per-user metric.
+        """{metric: {"niche", "balanced", "mainstream", "gap": entry, "worst"}} of every metric of `table`.
 
-        gap: largest minus smallest group mean, its draws moved onto the value, since chance alone makes it positive;
-        worst: the group with the lowest ndcg or recall, or the highest miscalibration.
+        gap: largest minus smallest group value, its draws moved onto the value, since chance alone makes it positive;
+        None for what the lists of a group have together, which grows with its size. worst: the group with the lowest
+        ndcg or recall, or the highest miscalibration.
         """
         draws = self.draws(resamples, seed)
-        inside = {group: chosen for group in GROUPS if (chosen := self.cases.groups == group).any()}
+        inside: dict[str, np.ndarray] = {
+            group: chosen for group in GROUPS if (chosen := self.cases.groups == group).any()
+        }
         found: dict[str, Any] = {}
         for name, column in self.columns(items).items():
-            drawn = {group: draws.group_mean(column, chosen) for group, chosen in inside.items()}
             values = {group: float(column[chosen].mean()) for group, chosen in inside.items()}
-            by_group = {
-                group: entry(draws.interval(values[group], drawn[group])._replace(n=int(chosen.sum())))
-                for group, chosen in inside.items()
-            }
-            gap = max(values.values()) - min(values.values())
-            every = np.stack(list(drawn.values()))
-            apart = centred(gap, every.max(axis=0) - every.min(axis=0))
-            pick = max if name.startswith("mrmc") else min
-            judged = name.startswith(("mrmc", "ndcg", "recall"))
-            found[name] = {
-                **by_group,
-                "gap": entry(draws.interval(gap, apart)),
-                "worst": pick(values, key=lambda group: values[group]) if judged else None,
-            }
+            drawn = {group: draws.group_mean(column, chosen) for group, chosen in inside.items()}
+            found[name] = self._by_group(values, drawn, draws)
+            if name.startswith(("mrmc", "ndcg", "recall")):
+                pick = max if name.startswith("mrmc") else min
+                found[name]["worst"] = pick(values, key=lambda group: values[group])
+        shown = average_popularity(items[:, : self.k], self.cases.popularity.count)
+        means = {group: (shown[chosen].mean(), self._profile[chosen].mean()) for group, chosen in inside.items()}
+        lifted = {
+            group: draws.group_mean(shown, chosen) / draws.group_mean(self._profile, chosen) - 1
+            for group, chosen in inside.items()
+        }
+        lifts = {group: float(of_list / of_profile - 1) for group, (of_list, of_profile) in means.items()}
+        found[self.name("dgap")] = self._by_group(lifts, lifted, draws)
+        return found | self._exposure_by_group(items, inside, resamples=resamples, seed=seed)
+
+    def _by_group(
+        self, values: Mapping[str, float], drawn: Mapping[str, np.ndarray], draws: PairedDraws
+    ) -> dict[str, Any]:
+        """Entries of each group and of the gap between them, from values and draws {group: (B,)}."""
+        size = {group: int((self.cases.groups == group).sum()) for group in values}
+        gap = max(values.values()) - min(values.values())
+        every = np.stack(list(drawn.values()))
+        apart = centred(gap, every.max(axis=0) - every.min(axis=0))
+        return {
+            **{
+                group: entry(draws.interval(value, drawn[group])._replace(n=size[group]))
+                for group, value in values.items()
+            },
+            "gap": entry(draws.interval(gap, apart)),
+            "worst": None,
+        }
+
+    def _exposure_by_group(
+        self, items: np.ndarray, inside: Mapping[str, np.ndarray], *, resamples: int, seed: int
+    ) -> dict[str, Any]:
+        """ltc, coverage and gini of each group's lists; the three groups are not of one size, so there is no gap."""
+        found: dict[str, Any] = {self.name(name): {"gap": None, "worst": None} for name in ("ltc", "coverage", "gini")}
+        every = np.ones_like(self.tail)
+        for group, chosen in inside.items():
+            whole = exposure_intervals(
+                items[chosen, : self.k],
+                self.users[chosen],
+                every,
+                tails={"": self.tail},
+                resamples=resamples,
+                seed=seed,
+            )
+            for name in ("ltc", "coverage", "gini"):
+                found[self.name(name)][group] = entry(whole[name]._replace(n=int(chosen.sum())))
         return found
 
     def difference(

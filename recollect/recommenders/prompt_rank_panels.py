@@ -94,7 +94,7 @@ def _comparisons(found: Mapping[str, Any], judge: Judge) -> list[dict[str, Any]]
 def _groups(groups: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
     rows = []
     for method, by_metric in groups.items():
-        for metric in ("ndcg", "recall", "mrmc", "tail_share", "lpd"):
+        for metric in HEADLINE:
             found = by_metric[judge.name(metric)]
             cells = [_cell(found.get(group)) for group in GROUPS]
             rows.append([method, judge.name(metric), *cells, _cell(found["gap"]), found["worst"] or "–"])
@@ -105,7 +105,8 @@ def _groups(groups: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
         "note": "Groups by the popular share of the training history (lowest fifth, middle, highest fifth); "
         + ", ".join(f"{group}: {size}" for group, size in sizes.items())
         + " users here. Gap = largest minus smallest; chance alone makes it positive, so its draws are moved onto the "
-        "value.",
+        "value. What the lists of a group have together (coverage, LtC, Gini) depends on its size, so it has no gap: "
+        "compare it between methods, not between groups.",
         "columns": ["method", "metric", *GROUPS, "gap", "worst group"],
         "rows": rows,
     }
@@ -164,10 +165,12 @@ def _stability(stability: Mapping[str, Any], judge: Judge) -> dict[str, Any]:
     return {
         "kind": "table",
         "title": "What telling an attribute changes",
-        "note": f"Base prompt with and without the attribute: overlap of the first {judge.k} (Jaccard), change of "
-        f"{judge.name('ndcg')}.",
-        "columns": ["attribute", f"Jaccard@{judge.k}", f"Δ {judge.name('ndcg')}"],
-        "rows": [[name, found["jaccard"], found["ndcg"]["difference"]] for name, found in stability.items()],
+        "note": f"Base prompt with and without the attribute: overlap of the first {judge.k} (Jaccard), share of their "
+        f"ordered pairs that is kept (PRAG*), change of {judge.name('ndcg')}.",
+        "columns": ["attribute", f"Jaccard@{judge.k}", f"PRAG*@{judge.k}", f"Δ {judge.name('ndcg')}"],
+        "rows": [
+            [name, found["jaccard"], found["prag"], found["ndcg"]["difference"]] for name, found in stability.items()
+        ],
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from recollect.eval.protocol import protocol_block
 from recollect.eval.statistics import holm
 from recollect.recommenders import prompt_rank_panels as panels
+from recollect.recommenders.evaluate_report import STRONG_BASELINES
 from recollect.recommenders.prompt_cases import CURVE_PRESETS, SHUFFLED, SWAPPED, PromptCases, Variant
 from recollect.recommenders.prompt_controls import (
     NOT_USED,
@@ -285,6 +286,9 @@ def _warnings(
         below = [name for name in presets if models[name][ndcg]["value"] < floor]
         if below:
             found.append(f"below MostPop's {ndcg} of {floor:.4f}: {', '.join(below)}")
+    missing = [name for name in STRONG_BASELINES if name not in models]
+    if missing:
+        found.append(f"not every strong baseline is in this table: {', '.join(missing)} missing; add to --compare")
     if cases.n_dropped:
         found.append(f"{cases.n_dropped} test users have no training history and cannot be described; left out")
     if config.insert_target:

@@ -203,6 +203,21 @@ def test_a_killed_run_resumes_to_the_same_report(decoder, tmp_path):
     assert wanted <= set(stored["models"])
     assert set(stored["models"]["student_distilled"]["ndcg@10"]) >= {"value", "ci95", "n", "per_seed"}
     assert {"teacher_alone", "teacher_distilled"} <= set(stored["shuffled_histories"])
+    assert all(-1 <= entry["cosine"] <= 1 for entry in stored["shuffled_histories"].values())
+    masks = stored["other_mask"]
+    assert set(masks) == {"teacher_alone", "teacher_distilled"}
+    for name, both in masks.items():
+        own = stored["models"][name]["ndcg@10"]
+        assert [both["own"]["value"], *both["own"]["ci95"]] == pytest.approx([own["value"], *own["ci95"]], abs=1e-12)
+        assert 0 <= both["other"]["value"] < own["value"]  # what was seen stands in the way
+    # Every table has the rows of counts: those of an evaluation, without a share in the adjusted p-values.
+    counted = recollect.evaluate(LOG, models=("pop", "markov"), core=0, out=tmp_path / "counted").sections["models"]
+    for name in ("pop", "markov"):
+        for metric in ("hr@10", "ndcg@10", "mrr", "coverage@10"):
+            assert stored["models"][name][metric]["value"] == pytest.approx(counted[name][metric]["value"], abs=1e-12)
+        assert name not in {row["model"] for row in stored["differences"]}
+    (table,) = [panel for panel in stored["panels"] if panel["title"].startswith("Test, full ranking")]
+    assert [row[0] for row in table["rows"]][-2:] == ["pop", "markov"]
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "Sample weights after round 1" in page
     assert "Validation ndcg@10 per round" in page

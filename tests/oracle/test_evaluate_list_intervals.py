@@ -14,6 +14,7 @@ from recollect.eval.comparison import compare_models
 from recollect.eval.list_metrics import exposure_intervals, popularity_lift, spread_interval
 from recollect.eval.ranking import evaluate_ranker
 from recollect.eval.statistics import bootstrap_table
+from recollect.eval.user_groups import UserGroups, group_lift
 from recollect.recommenders.evaluate_groups import user_groups
 from recollect.rng import stream
 
@@ -240,3 +241,63 @@ def test_the_interval_of_dgap_over_seeds_is_that_of_the_mean_list_not_of_each_se
     assert both["coverage@10"]["ci95"] == pytest.approx([0.2, 0.4])
     per_user = bootstrap_table({"arp": seeds[0].column("arp@10") / 4 - 1}, seeds[0].user, n=500, seed=0)["arp"]
     assert one["ci95"] == pytest.approx(per_user["ci95"])
+
+
+def lifted(of_list: np.ndarray, of_profile: np.ndarray):
+    """A case table of one case per user with planted popularity of lists and histories."""
+    n_users = len(of_list)
+    world = random_world(31, n_users=n_users)
+    table = evaluate_ranker(
+        FixedScores(np.zeros((n_users, world.n_items), dtype=np.float32)), world, leave_one_out(world), ks=(10,)
+    )
+    return table.with_columns({"arp@10": of_list, "gap_profile": of_profile})
+
+
+def test_the_lift_of_a_group_is_its_lists_over_its_own_histories():
+    # Niche users are shown what everybody is shown: for them alone it is a lift, though all lists are alike.
+    profile = np.where(np.arange(80) < 20, 2.0, 8.0) + np.tile([-0.5, 0.5], 40)
+    table = lifted(np.full(80, 8.0), profile)
+    groups = UserGroups(np.repeat([0, 1, 2, -1], 20), ("niche", "balanced", "mainstream"))
+    found = group_lift(table, groups, resamples=400)
+    values = {name: row["value"] for name, row in found["groups"].items()}
+    assert values == pytest.approx({"niche": 3.0, "balanced": 0.0, "mainstream": 0.0})
+    assert {name: row["n"] for name, row in found["groups"].items()} == {"niche": 20, "balanced": 20, "mainstream": 20}
+    assert (found["metric"], found["n_ungrouped"]) == ("dgap@10", 20)
+    assert found["furthest"] == {"group": "niche", "value": pytest.approx(3.0)}
+    assert found["gap"]["value"] == pytest.approx(3.0)
+    low, high = found["gap"]["ci95"]
+    assert 2.5 < low < 3.0 < high < 3.6
+    # The ratio of the group's means, not the mean of its users' ratios, which is above it.
+    assert np.mean(8.0 / profile[:20] - 1) > 3.2
+    # All users as one group have the overall dGAP, interval and all.
+    whole = group_lift(table, UserGroups(np.zeros(80, dtype=int), ("all",)), resamples=400)["groups"]["all"]
+    overall = popularity_lift(table.user, np.full(80, 8.0), profile, 400, 0)
+    assert [whole["value"], *whole["ci95"]] == pytest.approx([overall.value, overall.low, overall.high])
+
+
+def test_a_group_without_any_history_has_no_lift_and_decides_no_gap():
+    profile = np.where(np.arange(40) < 20, 0.0, 4.0)
+    groups = UserGroups(np.repeat([0, 1], 20), ("new", "known"))
+    found = group_lift(lifted(np.full(40, 2.0), profile), groups, resamples=50)
+    assert found["groups"]["new"] == {"value": None, "ci95": [None, None], "n": 20}
+    assert found["groups"]["known"]["value"] == pytest.approx(-0.5)
+    assert (found["gap"]["value"], found["furthest"]["group"]) == (0.0, "known")
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(InputError, match="the groups cover 3 users"):
+        group_lift(lifted(np.full(40, 2.0), profile), UserGroups(np.zeros(3, dtype=int), ("all",)))
+
+
+def test_the_report_holds_the_lift_of_every_partition_averaged_over_the_lists_of_all_seeds(popular_half):
+    out, report = popular_half
+    found = report.sections["lift_groups"]
+    assert list(found) == list(report.sections["user_groups"])
+    for partition, rows in found.items():
+        for label, row in rows.items():
+            sizes = {name: entry["n"] for name, entry in row["groups"].items()}
+            theirs = report.sections["user_groups"][partition][label]["groups"]
+            assert sizes == {name: entry["n"] for name, entry in theirs.items()}
+            whole = report.sections["models"][label]["dgap@10"]["value"]
+            values = [entry["value"] for entry in row["groups"].values()]
+            assert min(values) - 1e-9 <= whole <= max(values) + 1e-9
+    page = (out / "report.html").read_text()
+    assert "Popularity lift (dgap@10) by group of users" in page

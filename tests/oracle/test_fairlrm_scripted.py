@@ -219,6 +219,11 @@ def test_attributes_are_measured_one_at_a_time(world, tmp_path):
     report = run(world, reader(by_gender, "gender"), tmp_path, preset=("base",), attributes=("gender",), candidates=20)
     overlap = report.sections["stability"]["gender"]["jaccard"]["value"]
     assert overlap == pytest.approx(0.5)  # half the users' lists are turned round: nothing of the first ten stays
+    assert report.sections["stability"]["gender"]["prag"]["value"] == pytest.approx(0.5)
+    options = {"preset": ("base",), "attributes": ("gender",), "candidates": 10}
+    turned = run(world, reader(by_gender, "gender"), tmp_path, **options).sections["stability"]["gender"]
+    assert turned["jaccard"]["value"] == pytest.approx(1.0)  # the same ten items, half of the lists backwards
+    assert turned["prag"]["value"] == pytest.approx(0.5)
     with pytest.raises(InputError, match="occupation"):
         run(world, reader(echo, "echo"), tmp_path, preset=("base",), attributes=("occupation",))
 
@@ -237,6 +242,7 @@ def test_further_conventional_models_are_rows_and_may_be_left_out(world, tmp_pat
     some = run(world, reader(echo, "echo"), tmp_path, compare=("markov", "ease", "pop"), **options)
     assert {"markov", "ease"} <= set(some.sections["models"])
     assert not any(name.endswith("|retrieved") for name in some.sections["models"]["ease"])
+    assert "not every strong baseline is in this table: sasrec missing; add to --compare" in some.warnings
     none = run(world, reader(echo, "echo"), tmp_path, compare=("none",), **options)
     assert set(none.sections["models"]) == {"pop", "base"}
     with pytest.raises(UnknownName, match="ease"):
@@ -296,6 +302,31 @@ def test_report_holds_curves_with_intervals_and_hyper_volumes(world, tmp_path):
     assert page.count("<svg") >= 2
     assert "hyper-volume" in page
     assert report.protocol["fingerprint"]
+
+
+def test_lift_and_exposure_of_a_group_are_those_of_its_users_alone(world):
+    cases, judge = judged(world)
+    items = np.stack(cases.candidates)
+    groups = judge.groups(items, resamples=40, seed=0)
+    count, log = cases.popularity.count, cases.dataset.interactions
+    lifts = {}
+    for name in ("niche", "balanced", "mainstream"):
+        inside = np.flatnonzero(cases.groups == name)
+        of_lists = np.mean([count[items[row, :10]].mean() for row in inside])
+        own = [log.item[cases.cases.start[row] : cases.cases.end[row]] for row in inside]
+        lifts[name] = of_lists / np.mean([count[history].mean() for history in own]) - 1
+        found = groups["dgap@10"][name]
+        assert found["value"] == pytest.approx(lifts[name])
+        assert found["ci95"][0] <= found["value"] <= found["ci95"][1]
+        assert found["n"] == len(inside)
+        shown = np.unique(items[inside, :10])
+        assert groups["coverage@10"][name]["value"] == pytest.approx(len(shown) / len(count))
+        assert groups[LTC][name]["value"] == pytest.approx(judge.tail[shown].sum() / judge.tail.sum())
+    assert len({round(value, 6) for value in lifts.values()}) == 3
+    assert groups["dgap@10"]["gap"]["value"] == pytest.approx(max(lifts.values()) - min(lifts.values()))
+    # Coverage grows with the size of a group, so groups of 20, 60 and 20 % are not set against each other.
+    assert groups["coverage@10"]["gap"] is None
+    assert groups["gini@10"]["worst"] is None
 
 
 def curves_of(report, plane="calibration"):

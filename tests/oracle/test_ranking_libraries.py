@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from recollect.errors import ConfigError, InputError
+from recollect.eval.case_table import next_item_metrics
 from recollect.eval.metrics import hit_rate, mrr, ndcg, rank_counts
 from recollect.eval.multi_relevance import several_relevant_metrics
 from recollect.rng import stream
@@ -128,6 +129,35 @@ def test_constant_scores_show_how_the_libraries_break_ties():
         ours = several_relevant_metrics(*counts_of(np.ones((1, 10)), [np.array([place])]), (5,), n_cases=1)
         assert ours["ndcg@5"][0] == pytest.approx(0.2948, abs=5e-5)
         assert ours["hr@5"][0] == 0.5
+
+
+def test_tie_free_scores_equal_torchmetrics_and_its_ties_are_averaged_for_ndcg_alone():
+    retrieval = pytest.importorskip("torchmetrics").retrieval
+    torch = pytest.importorskip("torch")
+    generator = stream(23, "torchmetrics")
+    # Positive scores: its reciprocal rank takes a target with a score of 0 or less for irrelevant.
+    scores, target = np.exp(generator.normal(size=(50, 30))), generator.integers(30, size=50)
+    greater, equal = rank_counts(scores, target)
+    ours = next_item_metrics(greater, equal, (1, 5, 10))
+    relevant = torch.from_numpy(np.eye(30, dtype=np.int64)[target].ravel())
+    query = torch.arange(50).repeat_interleave(30)
+
+    def theirs(name, cut=None):
+        metric = getattr(retrieval, f"Retrieval{name}")
+        return float(metric(top_k=cut)(torch.from_numpy(scores.ravel()), relevant, indexes=query))
+
+    for cut in (1, 5, 10):
+        for metric, name in (("hr", "HitRate"), ("hr", "Recall"), ("ndcg", "NormalizedDCG"), ("mrr", "MRR")):
+            assert theirs(name, cut) == pytest.approx(ours[f"{metric}@{cut}"].mean(), abs=1e-6), (name, cut)
+    assert theirs("MRR") == pytest.approx(ours["mrr"].mean(), abs=1e-6)
+    constant, first = torch.ones(10), torch.zeros(10, dtype=torch.int64)
+    for place, hit in ((0, 1.0), (4, 1.0), (9, 0.0)):
+        one = first.clone()
+        one[place] = 1
+        assert float(retrieval.RetrievalNormalizedDCG(top_k=5)(constant, one, indexes=first)) == pytest.approx(
+            0.2948, abs=5e-5
+        )
+        assert float(retrieval.RetrievalHitRate(top_k=5)(constant, one, indexes=first)) == hit
 
 
 def test_one_relevant_item_gives_the_metrics_of_next_item_cases():
