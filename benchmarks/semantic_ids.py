@@ -381,7 +381,13 @@ def growth_ours(path: str, codes: int, levels: int, steps: int) -> dict[str, Any
 
     rows = np.load(path, mmap_mode="r")
     config = RQGMMConfig(
-        levels=levels, codebook_size=codes, max_iterations=steps, tolerance=0, lloyd_steps=steps, reseed_rounds=0
+        levels=levels,
+        codebook_size=codes,
+        max_iterations=steps,
+        tolerance=0,
+        lloyd_steps=steps,
+        reseed_rounds=0,
+        restarts=1,  # what is measured is how one fit grows
     )
     RQGMM(RQGMMConfig(levels=1, codebook_size=2, max_iterations=1)).fit(rows[:256])  # loads what it needs
     before = memory_mb()

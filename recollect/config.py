@@ -227,15 +227,15 @@ def build(config: type[Config], values: Mapping[str, Any], source: str) -> Confi
     return config(**read_options(options_of(config), values, source))
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with string keys.
+def load_yaml(path: str | Path, flag: str = "--config") -> dict[str, Any]:
+    """Read a YAML mapping with string keys; `flag` is what named the file, for messages.
 
     Raises:
         ConfigError: missing, too large, too deep, not YAML, not a mapping, a tag, an alias or a doubled key.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"--config {path} is not a file")
+        raise ConfigError(f"{flag} {path} is not a file")
     with path.open("rb") as handle:
         raw = handle.read(MAX_CONFIG_BYTES + 1)
     if len(raw) > MAX_CONFIG_BYTES:

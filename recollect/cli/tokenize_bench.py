@@ -27,10 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "tokenize-bench",
         BenchConfig,
         "Compare tokenizers on the same item vectors with the same seeds: error, use of the codes, collisions,\n"
-        "neighbours, behaviour, cost, and a click model that sees items through their codes only.\n\nmethods:\n"
+        "neighbours, behaviour, cost, and a click model that sees items through their codes only; with --generative\n"
+        "also HR and NDCG of a model that writes codes.\n\nmethods:\n"
         + "".join(f"  {spec.name:<22} {spec.summary}\n" for spec in METHODS.values()),
         "recollect tokenize-bench ml-100k --methods random,rq-kmeans,rq-gmm --codebook-size 64",
         "recollect tokenize-bench amazon-beauty --seeds 3 --levels 2 --codebook-size 128 --out runs/beauty",
+        "recollect tokenize-bench ml-100k --methods rq-kmeans,rq-gmm:covariance=diag,shrinkage=0,rq-gmm:annealing=all",
         "recollect tokenize-bench amazon-beauty --config rows.yaml --resume --out runs/beauty",
         config_help="read options, and sections of method options, from a file; flags win",
     )

@@ -13,8 +13,9 @@ from recollect.tokenize.residual_config import ResidualConfig
 class KMeansConfig(ResidualConfig):
     """A codebook found by k-means (faiss), run until it has converged."""
 
-    seeding: Literal["k-means++", "random"] = "k-means++"
-    """First centres: greedy k-means++, or points drawn at random."""
+    seeding: Literal["k-means++", "random", "partition", "alternate"] = "k-means++"
+    """First centres: greedy k-means++, points drawn at random, the means of a random partition of the points, or
+    k-means++ and a partition in turn, so that the better way is kept at each level."""
     restarts: int = 3
     """Runs from other first centres; the one with the least error is kept."""
     iterations: int = 300
@@ -28,6 +29,8 @@ class KMeansConfig(ResidualConfig):
             raise ConfigError(
                 f"restarts and iterations must be at least 1, got {self.restarts!r} and {self.iterations!r}"
             )
+        if self.seeding == "alternate" and self.restarts < 2:
+            raise ConfigError("seeding alternate needs one restart of each kind; set restarts to 2 or more")
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance must be in [0, 1), got {self.tolerance!r}")
 

@@ -1,8 +1,9 @@
 """`recollect.tokenize_bench`: several tokenizers on one array of item vectors, with the same seeds, in one table.
 
-Everything is measured on the same items and users: errors, usage, collisions, neighbours, behaviour, cost, and a small
-click model that sees items through their codes only. A baseline that fails its own check ends the run, for nothing
-could be concluded from the table. Collisions are left in place: what a method emits is what is compared.
+Everything is measured on the same items and users: errors, usage, collisions, neighbours, behaviour, cost, a small
+click model that sees items through their codes only and, where asked for, a small model that writes them. A baseline
+that fails its own check ends the run, for nothing could be concluded from the table. Collisions are left in place: what
+a method emits is what is compared; only the writing model tells colliding items apart, by one more digit.
 
 Source: semantic_ids 3.
 """
@@ -22,6 +23,7 @@ from recollect.eval.report import table_csv
 from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
+from recollect.tokenize.bench_generative import generative_units, is_generated, run_generator
 from recollect.tokenize.bench_panels import AUC, RELATIVE
 from recollect.tokenize.bench_report import make_report
 from recollect.tokenize.bench_units import CODES_FILE, Unit, is_finished, make_units, run_unit
@@ -75,7 +77,7 @@ def tokenize_bench(
     source = open_source(data, config, core=config.core, seed=config.seed)
     units = make_units(entries, config, source.dataset is not None)
     if config.dry_run:
-        return _plan(config, source.n_items, entries, units)
+        return _plan(config, source.n_items, source.dataset is not None, entries, units)
     out = prepare_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
@@ -83,10 +85,13 @@ def tokenize_bench(
         items = preprocessed(open_items(source, config, out, progress=progress), config, out)
         manifest = _with_vectors(manifest, items, out)
         cases = _cases(items, config)
+        generators = generative_units(units, config, items.dataset is not None)
         for number, unit in enumerate(units, start=1):
+            title = f"{unit.label}, seed {unit.seed} (row {number} of {len(units)})"
             if not is_finished(unit, out):
-                title = f"{unit.label}, seed {unit.seed} (row {number} of {len(units)})"
                 run_unit(unit, title, items, cases, config, out, progress)
+            if unit in generators and not is_generated(unit, config, out):
+                run_generator(unit, title, items, config, out, progress)
         progress.stage("comparing")
         report = make_report(config, items, cases, units, out, manifest)
         report.sections["panels"] += judged(report, items, units, config, out)
@@ -155,6 +160,8 @@ def _open_run(
         check_same_run(held, "tokenize-bench", identity, out)
     for unit in units:
         is_finished(unit, out)  # refuses a row that was made with other options, before anything is fitted
+        if config.generative:
+            is_generated(unit, config, out)
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
     models = {entry.label: entry.describe() for entry in entries}
     manifest = run_manifest("tokenize-bench", options, fingerprint, models, config.seed)
@@ -180,7 +187,7 @@ def _with_vectors(manifest: dict[str, Any], items: Items, out: Path) -> dict[str
     return manifest
 
 
-def _plan(config: BenchConfig, n_items: int, entries: Sequence[Entry], units: Sequence[Unit]) -> Report:
+def _plan(config: BenchConfig, n_items: int, has_log: bool, entries: Sequence[Entry], units: Sequence[Unit]) -> Report:
     """What a run would do; nothing is embedded, fitted or written."""
     out = None if config.out is None else Path(config.out)
     finished = [unit for unit in units if config.resume and out is not None and is_finished(unit, out)]
@@ -202,7 +209,8 @@ def _plan(config: BenchConfig, n_items: int, entries: Sequence[Entry], units: Se
         "items": n_items,
         "rows_to_run": len(units) - len(finished),
         "rows_finished": len(finished),
-        "click_models": len(units) if any(unit.entry is None for unit in units) else 0,
+        "click_models": len(units) if config.downstream and any(unit.entry is None for unit in units) else 0,
+        "generators": len(generative_units(units, config, has_log)),
     }
     protocol = {"data": config.data, "seeds": config.seeds, "dry_run": True}
     return Report("tokenize-bench-plan", protocol, {}, ledger=numbers, sections={"panels": [panel]})

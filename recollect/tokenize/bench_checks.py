@@ -1,6 +1,7 @@
 """What a baseline must satisfy before anybody compares with it; a comparison in which one fails is not reported.
 
-- additive methods whose levels are nearest-mean (`rq-kmeans`): relative squared error does not grow with depth;
+- additive methods whose levels are nearest-mean (`rq-kmeans`): relative squared error does not grow with depth, where
+  no step before them changes distances;
 - `random`: distinct codes and used codes per level are what independent uniform draws give;
 - every method: equal rows have equal codes, and encoding again gives the same codes.
 """
@@ -31,7 +32,7 @@ def check_depths(entry: Entry, by_depth: Sequence[float]) -> None:
     Raises:
         BaselineFailed: it does.
     """
-    if entry.spec.name not in MONOTONE:
+    if entry.spec.name not in MONOTONE or not _keeps_distances(entry):
         return
     chain = [1.0, *by_depth]
     for depth, (before, after) in enumerate(itertools.pairwise(chain), start=1):
@@ -40,6 +41,12 @@ def check_depths(entry: Entry, by_depth: Sequence[float]) -> None:
                 f"{entry.label}: relative squared error grows from {before:.6g} to {after:.6g} at level {depth}, which "
                 "k-means on residuals cannot do; the fit is broken, so nothing may be compared with it"
             )
+
+
+def _keeps_distances(entry: Entry) -> bool:
+    """Whether the error a row is fitted on is that of its input, up to a constant."""
+    steps = set(getattr(entry.options, "preprocess", None) or ())
+    return not steps & {"l2", "direction"} and not getattr(entry.options, "whiten", False)
 
 
 def check_random(entry: Entry, codes: np.ndarray, sizes: Sequence[int], distinct_rows: int) -> None:

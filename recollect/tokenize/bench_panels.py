@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recollect.eval.formats import number
+from recollect.tokenize.bench_generative import COVERAGE, NDCG, REFERENCE, SHOWN
 from recollect.tokenize.run_config import BenchConfig
 from recollect.types import Report
 
@@ -47,6 +48,8 @@ def all_panels(report: Report, config: BenchConfig) -> list[dict[str, Any]]:
     shown += metric_table(report, "Reconstruction and neighbours", _ERRORS, terminal=True)
     if any(AUC in table for table in models.values()):
         shown += [click_table(report), forest(models | report.sections["floors"], AUC, "AUC of the click model")]
+    if report.sections["generative"]:
+        shown += generative_panels(report.sections["generative"], models | report.sections["floors"])
     shown += differences(report)
     if any(RELATIVE in table for table in models.values()):
         reconstructing = {label: table for label, table in models.items() if RELATIVE in table}
@@ -142,8 +145,7 @@ def click_table(report: Report) -> dict[str, Any]:
         "title": "Codes as features of a click model",
         "note": (
             "AUC of the next item against items of equal popularity the user never touched; .5 is chance. Intervals "
-            "resample users and seeds. Within users: share of a user's own non-clicks ranked below the click. "
-            "Generative HR and NDCG are not part of this table."
+            "resample users and seeds. Within users: share of a user's own non-clicks ranked below the click."
         ),
         "columns": ["items seen through", "AUC", "AUC within users", "parameters", "best epochs", ""],
         "rows": [
@@ -161,10 +163,66 @@ def click_table(report: Report) -> dict[str, Any]:
     }
 
 
+def generative_panels(
+    details: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The table of HR and NDCG, and its plot; `tables` are models and floors together."""
+    notes = {
+        REFERENCE: "floor: a code per item, no content",
+        "popularity": "training count alone",
+        "markov": "what followed the last item in training",
+        "random": "the null: codes without content",
+    }
+    columns = [f"generative/{name}" for name in SHOWN]
+    shown = {label: table for label, table in tables.items() if NDCG in table}
+
+    def listed(label: str, key: str) -> str:
+        return ", ".join(map(str, details[label][key])) if label in details else "–"
+
+    return [
+        {
+            "kind": "table",
+            "title": "Codes written by a small generator",
+            "note": (
+                "Every item is a candidate; targets outside the beam count as missed. Masked: items of the history "
+                "cannot be listed. Intervals resample users and seeds. Extra digit: codes of the digit that tells "
+                "colliding items apart, 1 = none was needed. A tuned sequence model is not in this table; "
+                "`recollect evaluate` has one."
+            ),
+            "columns": [
+                "items written as",
+                "HR@10",
+                "NDCG@10",
+                "HR@10, not masked",
+                "NDCG@10, not masked",
+                "coverage@10",
+                "parameters",
+                "best epochs",
+                "extra digit",
+                "",
+            ],
+            "rows": [
+                [
+                    label,
+                    *(_cell(table.get(metric)) for metric in columns),
+                    _cell(table.get(COVERAGE)),
+                    details[label]["parameters"] if label in details else None,
+                    listed(label, "best_epochs"),
+                    listed(label, "extra_digits"),
+                    notes.get(label, ""),
+                ]
+                for label, table in shown.items()
+            ],
+            "terminal": True,
+        },
+        forest(shown, NDCG, "NDCG@10 of the generator, history masked"),
+    ]
+
+
 def forest(tables: Mapping[str, Mapping[str, Any]], metric: str, title: str) -> dict[str, Any]:
     """Every row on one metric, the best on top."""
     found = {label: table[metric] for label, table in tables.items() if metric in table}
-    sign = -1.0 if metric == AUC else 1.0
+    sign = 1.0 if metric == RELATIVE else -1.0
     order = sorted(found, key=lambda label: sign * found[label]["value"])
     return {
         "kind": "intervals",
@@ -183,43 +241,53 @@ def differences(report: Report) -> list[dict[str, Any]]:
     found, against = report.sections["differences"], report.sections["against"]
     if not found:
         return []
-    metrics = list(dict.fromkeys(row["metric"] for row in found if row["metric"] != AUC))
+    of_users = {AUC: "AUC of the click model", NDCG: "NDCG@10 of the generator"}
+    metrics = list(dict.fromkeys(row["metric"] for row in found if row["metric"] not in of_users))
     entries = {(row["model"], row["metric"]): row for row in found}
-    labels = list(dict.fromkeys(row["model"] for row in found if row["metric"] != AUC))
-    of_codes = {
-        "kind": "table",
-        "title": f"Paired differences from {against}, codes",
-        "note": "Seed by seed, with Student's interval over the seeds.",
-        "columns": ["method", *metrics],
-        "rows": [[label, *(_cell(entries.get((label, metric))) for metric in metrics)] for label in labels],
-        "terminal": True,
-    }
-    of_auc = sorted((row for row in found if row["metric"] == AUC), key=lambda row: -row["value"])
-    if not of_auc:
-        return [of_codes] if labels else []
+    labels = list(dict.fromkeys(row["model"] for row in found if row["metric"] not in of_users))
+    shown: list[dict[str, Any]] = []
+    for metric, name in of_users.items():
+        rows = sorted((row for row in found if row["metric"] == metric), key=lambda row: -row["value"])
+        if rows:
+            shown += _of_users(rows, name, against)
+    if labels:
+        of_codes = {
+            "kind": "table",
+            "title": f"Paired differences from {against}, codes",
+            "note": "Seed by seed, with Student's interval over the seeds.",
+            "columns": ["method", *metrics],
+            "rows": [[label, *(_cell(entries.get((label, metric))) for metric in metrics)] for label in labels],
+            "terminal": True,
+        }
+        shown.append(of_codes)
+    return shown
+
+
+def _of_users(rows: Sequence[Mapping[str, Any]], name: str, against: str) -> list[dict[str, Any]]:
+    """Table and plot of paired differences in one metric per user."""
     table = {
         "kind": "table",
-        "title": f"Paired differences from {against}, AUC of the click model",
+        "title": f"Paired differences from {against}, {name}",
         "note": (
             "The same users and seeds, resampled together; p from sign flips by user on the mean over seeds, "
             "Holm-adjusted over the rows."
         ),
         "columns": ["method", "difference", "p (Holm)"],
-        "rows": [[row["model"], _cell(row), {"value": row["p_holm"], "digits": DIGITS}] for row in of_auc],
+        "rows": [[row["model"], _cell(row), {"value": row["p_holm"], "digits": DIGITS}] for row in rows],
         "terminal": True,
     }
     plot = {
         "kind": "intervals",
-        "title": f"AUC minus that of {against}, same users and seeds",
-        "labels": [row["model"] for row in of_auc],
-        "values": [row["value"] for row in of_auc],
-        "low": [row["ci95"][0] for row in of_auc],
-        "high": [row["ci95"][1] for row in of_auc],
+        "title": f"{name} minus that of {against}, same users and seeds",
+        "labels": [row["model"] for row in rows],
+        "values": [row["value"] for row in rows],
+        "low": [row["ci95"][0] for row in rows],
+        "high": [row["ci95"][1] for row in rows],
         "reference": 0.0,
-        "axis": "difference in AUC",
+        "axis": f"difference in {name.partition(' ')[0]}",
         "digits": DIGITS,
     }
-    return [table, plot, *([of_codes] if labels else [])]
+    return [table, plot]
 
 
 def depths(report: Report) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """From the stored rows of a comparison to its report: intervals over seeds, and over seeds and users.
 
 A metric of codes has one value per seed: mean and Student's 95 % interval over the seeds (none for one seed). The AUC
-of the click model has one value per seed and user: users and seeds are resampled together. Differences from the row
-`against` are paired: by seed for metrics of codes, by seed and user for AUC, p by sign flips of users on the mean over
-seeds, Holm-adjusted over the table.
+of the click model and the hits of the generator have one value per seed and user: users and seeds are resampled
+together. Differences from the row `against` are paired: by seed for metrics of codes, by seed and user for the others,
+p by sign flips of users on the mean over seeds, Holm-adjusted over the table.
 
 Source: semantic_ids 3; recsys_evaluation 3.5 for the statistics.
 """
@@ -19,6 +19,15 @@ import numpy as np
 
 from recollect.io import read_json
 from recollect.tokenize import bench_panels as panels
+from recollect.tokenize.bench_generative import (
+    COVERAGE,
+    GENERATIVE_FILE,
+    NDCG,
+    SHOWN,
+    budget_of,
+    generative_units,
+    read_columns,
+)
 from recollect.tokenize.bench_panels import AUC, WITHIN
 from recollect.tokenize.bench_units import RESULT_FILE, Unit, read_scores
 from recollect.tokenize.downstream_cases import CaseSets
@@ -33,10 +42,7 @@ COMPARED = (
     "alignment/same_first_code",
 )
 SEEDS_FOR_A_CLAIM = 3
-NO_GENERATIVE = (
-    "generative retrieval (HR and NDCG of a model that writes codes) is not measured here: trained on this budget it "
-    "would rank tokenizers by how fast they are learnt"
-)
+NO_GENERATIVE = "generative retrieval (HR and NDCG of a model that writes codes) was not measured; --generative does it"
 
 
 def make_report(
@@ -65,7 +71,12 @@ def make_report(
             table = models[label] if label in models else floors.setdefault(label, {})
             table |= {name: entry_of(values, config) for name, values in columns.items()}
         floors["popularity"] = popularity_floor(cases, config)
-        differences += auc_differences(pseudo, config)
+        differences += user_differences(pseudo, config, AUC)
+    generators = generative_units(units, config, items.dataset is not None)
+    generated: dict[str, Any] = {}
+    if generators:
+        of_generators, generated = add_generative(models, floors, generators, items, config, out)
+        differences += of_generators
     rows = {label: row_details(label, units, results) for label in labels}
     report = Report(
         kind="tokenize-bench",
@@ -75,13 +86,14 @@ def make_report(
             "rows": len(units),
             "seconds": round(sum(_seconds(result) for result in results.values()), 1),
         },
-        warnings=find_warnings(config, items, cases, models, rows),
+        warnings=[*find_warnings(config, items, cases, models, rows), *generative_warnings(generated, config)],
         sections={
             "models": models,
             "floors": floors,
             "rows": rows,
             "against": config.against if config.against in models else None,
             "differences": differences,
+            "generative": generated,
             "run": manifest,
         },
     )
@@ -132,6 +144,66 @@ def popularity_floor(cases: CaseSets, config: BenchConfig) -> dict[str, Any]:
     return {AUC: entry_of([auc_by_user(*scores)], config), WITHIN: entry_of([wins_by_user(*scores)], config)}
 
 
+def add_generative(
+    models: dict[str, dict[str, Any]],
+    floors: dict[str, dict[str, Any]],
+    units: Sequence[Unit],
+    items: Items,
+    config: BenchConfig,
+    out: Path,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Enter the generators and their references into the tables of a report.
+
+    Args:
+        models, floors: the report's, changed in place.
+        units: of `generative_units`, all finished.
+
+    Returns:
+        Paired differences in NDCG@10 from the row compared with, and the report's section: {label: how it went}.
+    """
+    from recollect.tokenize.generative import reference_columns
+
+    assert items.dataset is not None
+    assert items.split is not None
+    values: dict[str, dict[str, list[np.ndarray]]] = {}
+    details: dict[str, Any] = {}
+    for unit in units:
+        columns = values.setdefault(unit.label, {f"generative/{name}": [] for name in SHOWN})
+        for name, column in read_columns(unit, out).items():
+            columns[f"generative/{name}"].append(column)
+        result = read_json(out / unit.folder / GENERATIVE_FILE)
+        entry = details.setdefault(unit.label, {"best_epochs": [], "extra_digits": [], "coverage": [], "seconds": []})
+        entry["parameters"] = result["parameters"]
+        entry["best_epochs"].append(result["best_epoch"])
+        entry["extra_digits"].append(result["extra_digit"])
+        entry["coverage"].append(result["coverage"])
+        entry["seconds"].append(sum(result["seconds"].values()) if result["seconds"] else None)
+    for label, reference in reference_columns(items.dataset, items.split).items():
+        values[label] = {f"generative/{name}": [reference[name]] * config.seeds for name in SHOWN}
+    for label, columns in values.items():
+        table = models[label] if label in models else floors.setdefault(label, {})
+        table |= {name: entry_of(column, config) for name, column in columns.items()}
+        if label in details:
+            table[COVERAGE] = over_seeds(details[label]["coverage"])
+    return user_differences(values, config, NDCG), details
+
+
+def generative_warnings(details: Mapping[str, Mapping[str, Any]], config: BenchConfig) -> list[str]:
+    """Rows whose generator was still getting better when its epochs ran out."""
+    last = budget_of(config)
+    late = [
+        label
+        for label, row in details.items()
+        if any(epoch + last.validate_every > last.epochs for epoch in row["best_epochs"])
+    ]
+    if not late:
+        return []
+    return [
+        f"the generator of {', '.join(late)} was still improving at the last of {last.epochs} epochs; use a larger "
+        "--generative-epochs before ranking these rows by it"
+    ]
+
+
 def code_differences(models: Mapping[str, Mapping[str, Any]], against: str) -> list[dict[str, Any]]:
     """Each row minus `against`, seed by seed, on the metrics of `COMPARED`."""
     found = []
@@ -146,17 +218,17 @@ def code_differences(models: Mapping[str, Mapping[str, Any]], against: str) -> l
     return found
 
 
-def auc_differences(
-    pseudo: Mapping[str, Mapping[str, Sequence[np.ndarray]]], config: BenchConfig
+def user_differences(
+    pseudo: Mapping[str, Mapping[str, Sequence[np.ndarray]]], config: BenchConfig, metric: str
 ) -> list[dict[str, Any]]:
-    """Each row (floors too) minus `against` in AUC: interval over seeds and users, p over users."""
+    """Each row (floors too) minus `against` in a metric per user: interval over seeds and users, p over users."""
     from recollect.eval.statistics import holm, paired_differences
     from recollect.tokenize.downstream import over_seeds_and_users
 
     if config.against not in pseudo:
         return []
-    base = pseudo[config.against][AUC]
-    others = {label: columns[AUC] for label, columns in pseudo.items() if label != config.against}
+    base = pseudo[config.against][metric]
+    others = {label: columns[metric] for label, columns in pseudo.items() if label != config.against}
     if not others:
         return []
     gaps = {
@@ -172,7 +244,7 @@ def auc_differences(
         value, low, high = over_seeds_and_users(gap, resamples=config.resamples, seed=config.seed)
         per_seed = [float(column.mean()) for column in gap]
         entry = {"value": value, "ci95": [low, high], "n": len(users), "per_seed": per_seed}
-        found.append({"model": label, "metric": AUC, **entry, "p_holm": float(p_value)})
+        found.append({"model": label, "metric": metric, **entry, "p_holm": float(p_value)})
     return found
 
 
@@ -223,6 +295,15 @@ def protocol(config: BenchConfig, items: Items, cases: CaseSets | None) -> dict[
             "non_clicks": "items the user never touched, among the nearest in popularity",
             "split": items.split.rule if items.split is not None else "",
         }
+    if config.generative and items.split is not None:
+        found |= {
+            "generator": (
+                f"decoder-only transformer over codes, last {config.generative_history} items, at most "
+                f"{config.generative_epochs} epochs, the best on validation NDCG@10; beam {config.beams} over the "
+                "candidates' codes; colliding items told apart by one more digit"
+            ),
+            "split": items.split.rule,
+        }
     return found
 
 
@@ -247,7 +328,10 @@ def find_warnings(
         found.append(f"not at the {usual:g} bits per item of the other rows: {listed}; read their errors beside that")
     if config.downstream and cases is None:
         found.append("there is no log behind an .npy file, so the click model was left out")
-    found.append(NO_GENERATIVE)
+    if not config.generative:
+        found.append(NO_GENERATIVE)
+    elif items.dataset is None:
+        found.append("there is no log behind an .npy file, so the generator was left out")
     without = items.source.get("items_without_text")
     if without:
         found.append(f"{without} items have no text at all and share one vector")

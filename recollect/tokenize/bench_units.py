@@ -6,7 +6,8 @@
         result.json               options, metrics, times; written last: the row is finished
         fit/                      levels of a fit in progress
 
-A finished row is never computed again. `FLOORS` are rows of the click model alone: no tokenizer stands behind them.
+LABEL is the row's, made fit for a file system (`variants.folder_name`). A finished row is never computed again.
+`FLOORS` are rows of the click model alone: no tokenizer stands behind them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from recollect.tokenize.measure import measured, semantic_ids
 from recollect.tokenize.methods import Entry
 from recollect.tokenize.peak_memory import PeakMemory
 from recollect.tokenize.run_config import BenchConfig
+from recollect.tokenize.variants import folder_name
 
 RESULT_FILE = "result.json"
 CODES_FILE = "codes.npy"
@@ -53,7 +55,7 @@ class Unit:
     @property
     def folder(self) -> str:
         """Below the run folder."""
-        return f"{'rows' if self.entry else 'floors'}/{self.label}/seed-{self.seed}"
+        return f"{'rows' if self.entry else 'floors'}/{folder_name(self.label)}/seed-{self.seed}"
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for a finished row to be kept."""
@@ -61,11 +63,12 @@ class Unit:
 
 
 def make_units(entries: Sequence[Entry], config: BenchConfig, has_log: bool) -> list[Unit]:
-    """Every unit of a run; floors only where there is a click model."""
+    """Every unit of a run; floors only where there is a click model, `item-id` with a generator too."""
     seeds = range(config.seed, config.seed + config.seeds)
     units = [Unit(entry.label, entry, seed) for entry in entries for seed in seeds]
-    if config.downstream and has_log:
-        units += [Unit(label, None, seed) for label in FLOORS for seed in seeds]
+    floors = [label for label in FLOORS if config.downstream or (config.generative and label == "item-id")]
+    if has_log:
+        units += [Unit(label, None, seed) for label in floors for seed in seeds]
     return units
 
 
@@ -98,7 +101,7 @@ def run_unit(
     folder = out / unit.folder
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"entry": unit.describe(), "seed": unit.seed}
+    result: dict[str, Any] = {"row": unit.label, "entry": unit.describe(), "seed": unit.seed}
     if unit.entry is None:
         codes = np.arange(len(items))[:, None] if unit.label == "item-id" else np.zeros((len(items), 1), np.int64)
     else:

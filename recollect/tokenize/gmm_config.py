@@ -23,8 +23,9 @@ class RQGMMConfig(ResidualConfig):
     """Smallest variance as a share of the mean variance of the level's residuals; 0 = none."""
     regularisation: float = 1e-6
     """Smallest variance in absolute terms."""
-    annealing: bool = False
-    """Begin with flattened responsibilities and sharpen them over the first third of the iterations."""
+    annealing: Literal["none", "all", "alternate"] = "none"
+    """Which restarts begin with flattened responsibilities and sharpen them over the first third of the iterations:
+    none, all, or every second one, so that the likelier way is kept at each level."""
     minimum_points: float = 2.0
     """A component with less total responsibility is re-seeded at the least likely item; 0 = never."""
     reseed_rounds: int = 5
@@ -39,6 +40,8 @@ class RQGMMConfig(ResidualConfig):
     """First means: k-means, its seeds alone, random items, or codebooks handed over in Python."""
     lloyd_steps: int = 25
     """Most Lloyd steps of the initialisation kmeans."""
+    restarts: int = 3
+    """Fits of a level from other first means, as many as RQ-KMeans has; the likeliest is kept. `given` means have 1."""
     emission: Literal["posterior", "nearest_mean"] = "posterior"
     """The emitted code: the most probable component, or the one with the nearest mean."""
     residual: Literal["hard", "soft", "projection"] = "hard"
@@ -60,6 +63,7 @@ class RQGMMConfig(ResidualConfig):
             "tolerance": 0,
             "batch_rows": 0,
             "lloyd_steps": 0,
+            "restarts": 1,
             "checkpoint_iterations": 1,
         }
         for name, least in at_least.items():
@@ -69,5 +73,9 @@ class RQGMMConfig(ResidualConfig):
             raise ConfigError(
                 f"batch_rows must be 0 or at least codebook_size ({self.codebook_size}), got {self.batch_rows!r}"
             )
-        if self.annealing and self.batch_rows:
-            raise ConfigError("annealing needs updates that see all rows; set batch_rows to 0 or annealing to false")
+        if self.annealing not in ("none", "all", "alternate"):
+            raise ConfigError(f"annealing must be 'none', 'all' or 'alternate', got {self.annealing!r}")
+        if self.annealing != "none" and self.batch_rows:
+            raise ConfigError("annealing needs updates that see all rows; set batch_rows to 0 or annealing to none")
+        if self.annealing == "alternate" and self.restarts < 2:
+            raise ConfigError("annealing alternate needs one restart of each kind; set restarts to 2 or more")

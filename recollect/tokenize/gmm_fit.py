@@ -116,6 +116,7 @@ def fit_mixture(
     config: RQGMMConfig,
     *,
     level: int = 0,
+    restart: int = 0,
     weight: np.ndarray | None = None,
     start: Mixture | Tensor | None = None,
     device: torch.device | None = None,
@@ -123,13 +124,13 @@ def fit_mixture(
     save: SaveState | None = None,
     saved: SavedState | None = None,
 ) -> MixtureFit:
-    """Fit K components to the rows of a source.
+    """Fit K components to the rows of a source, once; `gmm_restarts` keeps the best of several.
 
     Args:
         source: n >= K rows.
         k: components.
         config: the level's options; `levels` and `codebook_size` are not read.
-        level: names the random streams.
+        level, restart: name the random streams.
         weight: (n,) float64 >= 0; 2 is as good as the row twice.
         start: the mixture EM begins with, whatever `config.initialisation`; or means (K, D) for `given`.
         device: where products are computed; default the CPU.
@@ -145,7 +146,8 @@ def fit_mixture(
     moments = moments_of(source, weight, config.block_rows, device)
     rows = CentredRows(source, moments.centre, weight, config, device)
     centre = moments.centre.double()
-    progress.stage(f"level {level}: mixture of {k}", config.max_iterations)
+    again = f", restart {restart}" if restart else ""
+    progress.stage(f"level {level}: mixture of {k}{again}", config.max_iterations)
     if saved is not None:
         state = EMState.restore(saved, device)
         progress.advance(state.iteration + state.passes)
@@ -154,11 +156,11 @@ def fit_mixture(
         state = EMState(moved.shifted(-centre))
     else:
         given = None if start is None else start.to(device, torch.float64) - centre
-        generator = stream(config.seed, "gmm", level, "start")
+        generator = stream(config.seed, "gmm", level, restart, "start")
         state = EMState(first_mixture(rows, k, config, moments, generator, given))
     if save is not None and saved is None:
         state.save(save)
-    em = _EM(rows, config, moments, level)
+    em = _EM(rows, config, moments, level, restart)
     if config.batch_rows:
         em.run_stepwise(state, progress, save)
     is_converged = em.run(state, progress, save)
@@ -168,8 +170,9 @@ def fit_mixture(
 class _EM:
     """The loop over iterations for one level's rows."""
 
-    def __init__(self, rows: CentredRows, config: RQGMMConfig, moments: Moments, level: int) -> None:
-        self.rows, self.config, self.moments, self.level = rows, config, moments, level
+    def __init__(self, rows: CentredRows, config: RQGMMConfig, moments: Moments, level: int, restart: int) -> None:
+        self.rows, self.config, self.moments, self.level, self.restart = rows, config, moments, level, restart
+        self.is_annealed = config.annealing == "all" or (config.annealing == "alternate" and restart % 2 == 1)
         self.floor = smallest_variance(config, moments)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -245,9 +248,9 @@ class _EM:
         return report
 
     def _power(self, iteration: int) -> float:
-        """The exponent of the responsibilities: geometric from 0.1 / D to 1 over the first third, if annealing."""
+        """The exponent of the responsibilities: geometric from 0.1 / D to 1 over the first third, if annealed."""
         steps = self.config.max_iterations // 3
-        if not self.config.annealing or iteration >= steps:
+        if not self.is_annealed or iteration >= steps:
             return 1.0
         first = _FIRST_POWER / self.rows.source.dimension
         return float(first ** (1 - iteration / steps))
@@ -258,7 +261,7 @@ class _EM:
         Variances stay those of the start: they would swell to the data's and hold the components together up to power
         1. Means are shaken a little, for components that fell into one point would never part again.
         """
-        generator = stream(self.config.seed, "gmm", self.level, "annealing", iteration)
+        generator = stream(self.config.seed, "gmm", self.level, self.restart, "annealing", iteration)
         noise = torch.from_numpy(generator.standard_normal(tuple(mixture.means.shape))).to(mixture.means.device)
         return replace(mixture, means=mixture.means + _SHAKE * before.variance.sqrt() * noise, variance=before.variance)
 
@@ -269,7 +272,7 @@ class _EM:
         """All rows as mini-batches of short runs drawn without replacement, the draw named by the pass."""
         n = len(self.rows)
         starts = np.arange(0, n, _RUN_ROWS)
-        stream(self.config.seed, "gmm", self.level, "pass", passes).shuffle(starts)
+        stream(self.config.seed, "gmm", self.level, self.restart, "pass", passes).shuffle(starts)
         per_batch = max(1, self.config.batch_rows // _RUN_ROWS)
         runs = [(int(start), min(n, int(start) + _RUN_ROWS)) for start in starts]
         return [runs[first : first + per_batch] for first in range(0, len(runs), per_batch)]

@@ -82,7 +82,8 @@ def fit_kmeans(
     finals: list[float] = []
     for restart in range(config.restarts):
         seed = call_seed(config.seed, *names, restart)
-        first = first_means(points, n_codes, config.seeding, seed, weight)
+        seeding = ("k-means++", "partition")[restart % 2] if config.seeding == "alternate" else config.seeding
+        first = first_means(points, n_codes, seeding, seed, weight)
         found = lloyd(points, first, iterations=config.iterations, tolerance=config.tolerance, weight=weight)
         finals.append(found.objective[-1])
         if best is None or finals[-1] < best.objective[-1]:
@@ -94,19 +95,33 @@ def fit_kmeans(
 def first_means(
     points: np.ndarray, n_codes: int, seeding: str, seed: int, weight: np.ndarray | None = None
 ) -> np.ndarray:
-    """(K, D) float32 points to begin from: greedy k-means++ (scikit-learn) or distinct rows at random."""
+    """(K, D) float32 means to begin from: greedy k-means++ (scikit-learn), distinct rows, or means of a partition.
+
+    A partition gives every mean as many random rows as the others, so all begin near the mean of the points.
+    """
     from sklearn.cluster import kmeans_plusplus
 
     generator = np.random.RandomState(seed)
     if seeding == "random":
         share = None if weight is None else weight / weight.sum()
         return points[generator.choice(len(points), n_codes, replace=False, p=share)].copy()
+    if seeding == "partition":
+        return _partition_means(points, generator.permutation(len(points)) % n_codes, n_codes, weight)
     most = _SEED_ROWS_PER_CODE * n_codes
     if len(points) > most:
         chosen = np.sort(generator.choice(len(points), most, replace=False))
         points, weight = points[chosen], None if weight is None else weight[chosen]
     means, _ = kmeans_plusplus(points, n_codes, sample_weight=weight, random_state=generator)
     return np.ascontiguousarray(means, dtype=np.float32)
+
+
+def _partition_means(points: np.ndarray, part: np.ndarray, n_codes: int, weight: np.ndarray | None) -> np.ndarray:
+    """(K, D) float32 weighted means of the points of each part (n,), none of which is empty."""
+    import scipy.sparse
+
+    share = np.ones(len(points)) if weight is None else np.asarray(weight, dtype=np.float64)
+    table = scipy.sparse.csr_array((share, (part, np.arange(len(points)))), shape=(n_codes, len(points)))
+    return ((table @ points) / np.bincount(part, share, n_codes)[:, None]).astype(np.float32)
 
 
 def lloyd(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recollect.config import from_text, options_of, read_options
 from recollect.errors import ConfigError, UnknownName
+from recollect.tokenize.variants import split_row
 
 if TYPE_CHECKING:
     from recollect.tokenize.protocol import ItemTokenizer
@@ -149,11 +150,11 @@ def tokenizer_class(name: str) -> Any:
     return method_spec(name).tokenizer_class
 
 
-def assignments(spec: MethodSpec, pairs: Sequence[str]) -> dict[str, Any]:
-    """Options written as NAME=VALUE.
+def assignments(spec: MethodSpec, pairs: Sequence[str], source: str = "--set") -> dict[str, Any]:
+    """Options written as NAME=VALUE; a dash in a name or a closed choice may stand for its underscore.
 
     Raises:
-        ConfigError: no "=", an unknown name, or a value that is not legal.
+        ConfigError: no "=", an unknown name, or a value that is not legal; the message names the `source`.
     """
     known = {option.name: option for option in options_of(spec.config_class)}
     found = {}
@@ -162,15 +163,20 @@ def assignments(spec: MethodSpec, pairs: Sequence[str]) -> dict[str, Any]:
         name = name.strip().replace("-", "_")
         if not sign or name not in known:
             listed = ", ".join(sorted(set(known) - {"seed"}))
-            raise ConfigError(f"--set {pair!r} is not NAME=VALUE with an option of {spec.name}: {listed}")
+            raise ConfigError(f"{source} {pair!r} is not NAME=VALUE with an option of {spec.name}: {listed}")
         option = known[name]
         if option.kind is bool:
             words = {"true": True, "yes": True, "false": False, "no": False}
             if text.lower() not in words:
-                raise ConfigError(f"--set {pair!r} must be true or false")
+                raise ConfigError(f"{source} {pair!r} must be true or false")
             found[name] = words[text.lower()]
-        else:
+            continue
+        if option.choices and text.replace("-", "_") in option.choices:
+            text = text.replace("-", "_")
+        try:
             found[name] = from_text(option, text.replace("+", ",") if option.is_list else text)
+        except ConfigError as error:
+            raise ConfigError(f"{source} {pair!r}: {error}") from error
     return found
 
 
@@ -201,7 +207,8 @@ def make_entries(
     """The rows that names and sections of options describe.
 
     Args:
-        labels: names of methods, or of sections that hold `method: NAME`.
+        labels: names of methods, or of sections that hold `method: NAME`; with options behind them (`variants`), which
+            win over those of the section.
         sections: {label: options}.
         levels, codebook_size, device: of every row that has such an option and does not say otherwise.
 
@@ -211,20 +218,22 @@ def make_entries(
     """
     entries = []
     for label in labels:
-        section = dict(sections.get(label, {}))
-        name = section.pop("method", label)
+        base, pairs = split_row(label)
+        section = dict(sections.get(base, {}))
+        name = section.pop("method", base)
         if not isinstance(name, str):
-            raise ConfigError(f"'method' in section {label!r} must be the name of a method, got {name!r}")
-        if name != label and (not label.replace("-", "").replace("_", "").isalnum() or not label.isascii()):
-            raise ConfigError(f"the section {label!r} must be named by letters, digits, '-' and '_'")
-        if name != label and label in METHODS:
-            raise ConfigError(f"the section {label!r} has the name of a method but holds method: {name}; rename it")
+            raise ConfigError(f"'method' in section {base!r} must be the name of a method, got {name!r}")
+        if name != base and (not base.replace("-", "").replace("_", "").isalnum() or not base.isascii()):
+            raise ConfigError(f"the section {base!r} must be named by letters, digits, '-' and '_'")
+        if name != base and base in METHODS:
+            raise ConfigError(f"the section {base!r} has the name of a method but holds method: {name}; rename it")
         spec = method_spec(name)
+        section |= assignments(spec, pairs, f"methods: in {label!r},")
         if "device" not in section and any(option.name == "device" for option in options_of(spec.config_class)):
             section["device"] = device
         options = spec.options(section, f"the options of {label!r}", levels=levels, codebook_size=codebook_size)
         entries.append(Entry(label, spec, options))
-    unused = sorted(set(sections) - set(labels))
+    unused = sorted(set(sections) - {split_row(label)[0] for label in labels})
     if unused:
         raise ConfigError(f"options are given for {', '.join(map(repr, unused))}, which no row of this run has")
     return entries

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from recollect.errors import ConfigError
+from recollect.tokenize.variants import joined_rows
 
 Preprocessing = Literal["l2", "centre", "pca", "direction"]
 Collisions = Literal[
@@ -142,7 +143,8 @@ class BenchConfig(ItemOptions):
     """Which tokenizers are compared on one catalogue."""
 
     methods: tuple[str, ...] = ("random", "rq-kmeans", "rq-gmm", "opq", "prq-kmeans", "rq-vae")
-    """Rows of the table: names of methods, or sections of the --config file that hold `method: NAME` and options."""
+    """Rows of the table: names of methods, or sections of the --config file that hold `method: NAME` and options; a row
+    may have options of its own, as NAME:OPTION=VALUE,OPTION=VALUE with lists joined by +."""
 
     against: str = "rq-kmeans"
     """The row every other one is compared with, if it is in the table."""
@@ -161,6 +163,19 @@ class BenchConfig(ItemOptions):
 
     probe_epochs: int = 6
     """Its epochs, the same for every method; the best on validation counts."""
+
+    generative: bool = False
+    """Also train a small model that writes codes and rank the catalogue with it: HR and NDCG beside popularity and a
+    Markov chain (needs a log; a minute or two of one core per method and seed on 60,000 events)."""
+
+    generative_epochs: int = 24
+    """Its epochs at most, the same for every method; the best on validation counts."""
+
+    generative_history: int = 20
+    """Last items of a history that it reads."""
+
+    beams: int = 20
+    """Codes its beam search keeps per step, at least 10."""
 
     resamples: int = 1000
     """Bootstrap resamples behind every interval over users."""
@@ -185,11 +200,13 @@ class BenchConfig(ItemOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("seeds", 1), ("core", 0), ("seed", 0), ("probe_cases", 1), ("probe_epochs", 1)):
+        least = {"seeds": 1, "core": 0, "seed": 0, "probe_cases": 1, "probe_epochs": 1, "resamples": 1}
+        least |= {"generative_epochs": 1, "generative_history": 1, "beams": 10}
+        for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)!r}")
-        if self.resamples < 1:
-            raise ConfigError(f"resamples must be at least 1, got {self.resamples!r}")
+        object.__setattr__(self, "methods", joined_rows(self.methods))
+        object.__setattr__(self, "against", next(iter(joined_rows((self.against,))), ""))
         if not self.methods:
             raise ConfigError("methods is empty; name at least one")
         doubled = sorted({name for name in self.methods if self.methods.count(name) > 1})
@@ -199,6 +216,10 @@ class BenchConfig(ItemOptions):
             raise ConfigError("resume and overwrite exclude each other; give one")
 
     def identity(self) -> dict[str, Any]:
-        """As of the base, less what may be added to or changed in a finished comparison."""
+        """As of the base, less what may be added to or changed in a finished comparison.
+
+        The generator's options are compared with those of each finished generator instead.
+        """
         loose = {"methods", "against", "seeds", "resamples"}
+        loose |= {"generative", "generative_epochs", "generative_history", "beams"}
         return {key: value for key, value in super().identity().items() if key not in loose}

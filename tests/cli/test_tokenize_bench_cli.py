@@ -179,6 +179,36 @@ def test_preprocessing_is_done_once_for_every_method(world, tmp_path, monkeypatc
     assert any("1 seed(s) only" in warning for warning in report.warnings)
 
 
+def test_variants_of_one_method_are_rows_of_one_table_under_their_own_names(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    rows = "rq-kmeans,rq-gmm:covariance=tied-spherical,max-iterations=5,rq-gmm:preprocess=centre+pca,pca_dimension=3"
+    labels = {
+        "rq-kmeans": {"restarts": 3},
+        "rq-gmm:covariance=tied-spherical,max_iterations=5": {"covariance": "tied_spherical", "max_iterations": 5},
+        "rq-gmm:preprocess=centre+pca,pca_dimension=3": {"preprocess": ["centre", "pca"], "pca_dimension": 3},
+    }
+    out = tmp_path / "run"
+    words = ["--levels", "2", "--codebook-size", "4", "--seeds", "1", "--out", str(out)]
+    assert main(["tokenize-bench", "vectors.npy", "--methods", rows, *words]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["models"]) == set(labels)
+    manifest = json.loads((out / "run.json").read_text())
+    for label, options in labels.items():
+        assert manifest["models"][label]["options"].items() >= options.items()
+        assert report["rows"][label]["options"].items() >= options.items()
+        assert label in (out / "report.html").read_text()
+    kept = {json.loads(path.read_text())["row"]: path for path in out.glob("rows/*/seed-0/result.json")}
+    assert set(kept) == set(labels)
+    before = {path: path.read_bytes() for path in kept.values()}
+    added = f"{rows},rq-gmm:shrinkage=0"
+    against = ["--against", "rq-gmm:covariance=tied-spherical,max-iterations=5"]
+    assert main(["tokenize-bench", "vectors.npy", "--methods", added, *words, *against, "--resume"]) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    report = json.loads((out / "report.json").read_text())
+    assert report["against"] == "rq-gmm:covariance=tied-spherical,max_iterations=5"
+    assert {row["model"] for row in report["differences"]} == {*labels, "rq-gmm:shrinkage=0"} - {report["against"]}
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["tokenize-bench", str(world / "shop"), "--core", "0", "--methods", "random,vq", "--seeds", "3"]
@@ -193,6 +223,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, monkeypatch
     [
         (("--methods", "rq-kmeans,nonsense"), "unknown method 'nonsense'"),
         (("--methods", "random,random"), "methods names 'random' more than once"),
+        (("--methods", "rq-kmeans,shrinkage=1"), "'shrinkage=1' is an option of no row; write rq-kmeans:shrinkage=1"),
+        (("--methods", "rq-gmm:covariance=full"), "--covariance must be one of diag, spherical"),
         (("--seeds", "0"), "seeds must be at least 1, got 0"),
         (("--codebook-size", "61"), "60 items cannot fill a codebook of 61 codes"),
         (("--resume",), "--resume needs --out DIR"),

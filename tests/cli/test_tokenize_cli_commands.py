@@ -166,12 +166,12 @@ def test_a_file_of_vectors_with_ids_and_collisions_resolved(world, tmp_path, cap
 
 
 def test_method_options_come_from_flags_and_from_a_section(world, tmp_path, capsys):
-    (tmp_path / "options.yaml").write_text("method: rq-gmm\nrq-gmm: {shrinkage: 3, annealing: true}\n")
+    (tmp_path / "options.yaml").write_text("method: rq-gmm\nrq-gmm: {shrinkage: 3, annealing: alternate}\n")
     words = (world / "vectors.npy", *SMALL, "--config", tmp_path / "options.yaml", "--dry-run", "--json")
     assert tokenize(*words, "--set", "covariance=tied_spherical,max_iterations=7", "--preprocess", "l2,centre") == 0
     table = dict(json.loads(capsys.readouterr().out)["panels"][0]["rows"])
     shown = [table[name] for name in ("covariance", "max_iterations", "shrinkage", "annealing", "preprocess")]
-    assert shown == ["tied_spherical", "7", "3.0", "True", "['l2', 'centre']"]
+    assert shown == ["tied_spherical", "7", "3.0", "alternate", "['l2', 'centre']"]
 
 
 def test_cold_items_are_encoded_but_not_fitted_on(tmp_path, monkeypatch, capsys):

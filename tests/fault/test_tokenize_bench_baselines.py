@@ -25,6 +25,13 @@ def test_a_k_means_chain_whose_error_grows_is_refused_and_one_that_does_not_is_n
         check_depths(entry("rq-kmeans"), [1.1])
 
 
+@pytest.mark.parametrize("options", ["preprocess=l2", "preprocess=direction", "preprocess=pca,whiten=true"])
+def test_a_chain_fitted_on_other_distances_may_grow_in_those_of_the_input(options):
+    check_depths(entry(f"rq-kmeans:{options}"), [0.5, 0.6])
+    with pytest.raises(BaselineFailed):
+        check_depths(entry("rq-kmeans:preprocess=centre+pca,pca_dimension=2"), [0.5, 0.6])
+
+
 def test_uniform_draws_pass_and_draws_from_half_of_the_codes_do_not():
     generator = np.random.default_rng(0)
     for n, sizes in ((300, (16, 16)), (5000, (256, 256, 256)), (50, (4, 2))):

@@ -94,7 +94,10 @@ def test_given_codebooks_must_be_there_and_fit():
         ({"shrinkage": -1.0}, "shrinkage must be at least 0, got -1.0"),
         ({"variance_floor": float("nan")}, "variance_floor must be at least 0, got nan"),
         ({"batch_rows": 100}, "batch_rows must be 0 or at least codebook_size"),
-        ({"annealing": True, "batch_rows": 512}, "annealing needs updates that see all rows"),
+        ({"annealing": "all", "batch_rows": 512}, "annealing needs updates that see all rows"),
+        ({"annealing": "alternate", "restarts": 1}, "set restarts to 2 or more"),
+        ({"annealing": True}, "annealing must be 'none', 'all' or 'alternate', got True"),
+        ({"restarts": 0}, "restarts must be at least 1, got 0"),
     ],
 )
 def test_illegal_options_are_refused(options, message):

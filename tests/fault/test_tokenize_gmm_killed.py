@@ -41,7 +41,14 @@ CHILD = textwrap.dedent("""
     RQGMM(options).fit(np.load(sys.argv[1]), checkpoint=Path(sys.argv[2]), progress=Deadly())
 """)
 
-FULL = {"levels": 3, "codebook_size": 24, "max_iterations": 10, "tolerance": 0.0, "checkpoint_iterations": 3}
+FULL = {
+    "levels": 3,
+    "codebook_size": 24,
+    "max_iterations": 10,
+    "tolerance": 0.0,
+    "checkpoint_iterations": 3,
+    "restarts": 1,
+}
 
 
 def killed(tmp_path: Path, after: int, options: dict) -> Path:
@@ -67,8 +74,9 @@ def killed(tmp_path: Path, after: int, options: dict) -> Path:
         (8, FULL, ["state.0.safetensors"]),
         (25, FULL | {"residual_memory_mb": 0}, ["level.0.safetensors", "level.1.safetensors", "state.2.safetensors"]),
         (5, FULL | {"batch_rows": 128, "checkpoint_iterations": 2}, ["state.0.safetensors"]),
+        (28, FULL | {"levels": 1, "restarts": 3}, ["state.0.safetensors"]),
     ],
-    ids=["first level", "third level, streamed", "stepwise"],
+    ids=["first level", "third level, streamed", "stepwise", "third restart"],
 )
 def test_killed_fit_resumes_to_the_same_bits(tmp_path, after, options, kept):
     folder = killed(tmp_path, after, options)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
+from recollect.errors import ConfigError
 from recollect.tokenize.baseline_options import KMeansConfig, RQKMeansConfig, VQConfig
 from recollect.tokenize.kmeans import first_means, fit_kmeans, lloyd
 from recollect.tokenize.rq_kmeans import VQ, RQKMeans
@@ -47,6 +48,32 @@ def test_weights_count_like_repeated_points():
     weighted = lloyd(points, first, iterations=30, weight=weight)
     repeated = lloyd(np.repeat(points, weight, axis=0), first, iterations=30)
     np.testing.assert_allclose(weighted.means, repeated.means, atol=2e-5)
+
+
+def test_a_partition_begins_at_means_of_equal_parts():
+    points = blobs(600, 5)
+    means = first_means(points, 20, "partition", 3)
+    np.testing.assert_allclose(means.mean(axis=0), points.astype(np.float64).mean(axis=0), atol=1e-5)
+    spread = np.square(points - points.mean(axis=0)).sum(axis=1).mean()
+    assert np.square(means - points.mean(axis=0)).sum(axis=1).mean() == pytest.approx(spread / 30, rel=0.5)
+    every = first_means(points, 600, "partition", 3)
+    np.testing.assert_allclose(np.sort(every, axis=0), np.sort(points, axis=0), atol=1e-6)
+    weight = np.random.default_rng(1).random(600)
+    one = first_means(points, 1, "partition", 3, weight)
+    np.testing.assert_allclose(one[0], np.average(points.astype(np.float64), axis=0, weights=weight), atol=1e-5)
+
+
+def test_alternate_seeding_keeps_the_better_of_both_kinds():
+    points = blobs(800, 8)
+    fits = {
+        way: fit_kmeans(points, 32, KMeansConfig(seeding=way, restarts=2), names=("t",), weight=None)
+        for way in ("k-means++", "partition", "alternate")
+    }
+    expected = [fits["k-means++"].finals[0], fits["partition"].finals[1]]
+    assert fits["alternate"].finals == expected
+    assert fits["alternate"].objective[-1] == min(expected)
+    with pytest.raises(ConfigError, match="set restarts to 2 or more"):
+        KMeansConfig(seeding="alternate", restarts=1)
 
 
 def test_small_weights_end_and_do_not_change_the_result():

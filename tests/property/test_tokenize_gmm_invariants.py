@@ -160,7 +160,7 @@ def test_shrinkage_and_floor_bound_the_variances():
 
 def test_annealed_responsibilities_sharpen_and_the_end_is_a_fixed_point_of_plain_em():
     values = clouds(seed=12, n=1500, d=8, k=10)
-    options = plain(max_iterations=150, annealing=True, initialisation="random_points", tolerance=1e-9)
+    options = plain(max_iterations=150, annealing="all", initialisation="random_points", tolerance=1e-9)
     found = fit_mixture(rows_of(values), 10, options)
     trace = found.report["log_likelihood_trace"]
     assert trace[5] < trace[-1]
