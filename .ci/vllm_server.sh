@@ -8,13 +8,14 @@
 # VLLM_ENV: the virtual environment to make or use (default STATE/env; about 3.5 GB).
 # VLLM_THREADS: CPU threads of the engine (default 2).
 # VLLM_DTYPE: float32 (default; it then agrees with the in-process engine to 1e-5 nat) or bfloat16 (faster).
+# VLLM_ARGS: further arguments of the server, separated by blanks.
 set -euo pipefail
 
 command="${1:-}"
 state="${2:-}"
 
 usage() {
-  sed -n '2,10p' "${BASH_SOURCE[0]}" | sed 's/^#\( \|$\)//' >&2
+  sed -n '2,11p' "${BASH_SOURCE[0]}" | sed 's/^#\( \|$\)//' >&2
   exit 2
 }
 
@@ -45,11 +46,13 @@ start() {
   printf '%s\n' "$model" "$port" "$name" >"$state/started"
   # With chunked prefill, seeded sampling under load was seen to kill the CPU engine; with the default block of 128 tokens
   # hardly any prefix is shared.
+  # shellcheck disable=SC2086 # VLLM_ARGS is a list
   # Its own session, so that `stop` ends the engine processes with the server.
   OMP_NUM_THREADS="${VLLM_THREADS:-2}" VLLM_CPU_KVCACHE_SPACE=2 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 \
     TOKENIZERS_PARALLELISM=false setsid "$environment/bin/python" -m vllm.entrypoints.openai.api_server \
     --model "$model" --served-model-name "$name" --host 127.0.0.1 --port "$port" \
-    --dtype "${VLLM_DTYPE:-float32}" --max-model-len 2048 --block-size 32 --no-enable-chunked-prefill >"$state/log" 2>&1 </dev/null &
+    --dtype "${VLLM_DTYPE:-float32}" --max-model-len 2048 --block-size 32 --no-enable-chunked-prefill ${VLLM_ARGS:-} \
+    >"$state/log" 2>&1 </dev/null &
   echo $! >"$state/pid"
   for _ in $(seq 300); do
     if is_up; then

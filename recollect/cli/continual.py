@@ -26,13 +26,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         parser,
         "continual",
         ContinualConfig,
-        "Tune a language model on tasks one after another (TRACE), by one method or several, and measure what it\n"
-        "learns and what it forgets.\n\nmethods:\n"
+        "Tune a language model on tasks one after another (TRACE, or recommending in one domain or month after\n"
+        "another), by one method or several, and measure what it learns and what it forgets.\n\nmethods:\n"
         + "".join(f"  {spec.name:<16} {spec.summary}\n" for spec in METHODS.values()),
         "recollect continual data/trace --benchmark trace --method mh-moe --tasks FOMC,ScienceQA,NumGLUE-ds",
         "recollect continual data/trace --method seq-lora,loramoe,mh-moe --match-budget --seeds 3 --out runs/trace",
         "recollect continual data/trace --method mh-moe --set mh-moe.heads=8,mh-moe.rank=2",
         "recollect continual data/trace --method mh-moe --seeds 3 --resume --out runs/mh-moe    # go on after a kill",
+        "recollect continual harbor --benchmark domains --method seq-lora,replay --tasks books,films,games",
+        "recollect continual ml-100k --benchmark domains --period month --holdout time --learning-rate 1e-3",
         config_help="read options, and a section of options per method, from a file; flags win",
     )
     parser.set_defaults(run=run)

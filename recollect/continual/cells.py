@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from recollect.continual.benchmark import Record
 from recollect.continual.evaluation_plan import Cell
-from recollect.continual.trace_data import TraceRecord
 from recollect.continual.trace_scores import TaskScores
 from recollect.errors import InputError
 from recollect.io import read_json, sha256_text, write_json, write_text
@@ -49,7 +49,7 @@ def is_finished(folder: Path, cell: Cell, task: str) -> bool:
 def write_cell(
     folder: Path,
     cell: Cell,
-    records: Sequence[TraceRecord],
+    records: Sequence[Record],
     predictions: Sequence[str],
     scores: TaskScores,
     seconds: float,

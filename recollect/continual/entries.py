@@ -7,26 +7,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from recollect.config import Option, from_text, options_of, read_options, to_dict
-from recollect.continual.adapters.config import MHMoEConfig, MoELoraConfig, config_to_dict
+from recollect.continual.adapters.config import MoELoraConfig, config_to_dict
 from recollect.continual.methods.config import MethodConfig
 from recollect.continual.methods.registry import MethodSpec, method_spec
 from recollect.errors import ConfigError
-
-REFERENCE = "loramoe"
-"""The method whose budget `match_budget` gives to multi-head experts."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One method of a run; the seeds in its options are replaced by the run's.
 
-    is_rank_given: the user chose the adapters' rank.
+    given: names of the options the user chose.
     """
 
     spec: MethodSpec
     options: MethodConfig
     adapter: MoELoraConfig
-    is_rank_given: bool = False
+    given: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -86,7 +83,7 @@ def _entry(spec: MethodSpec, values: Mapping[str, Any]) -> Entry:
     )
     rest = {name: value for name, value in values.items() if name not in own}
     adapter = spec.adapter_options(rest, f"the adapters of {spec.name}")
-    return Entry(spec, options, adapter, "rank" in values)
+    return Entry(spec, options, adapter, frozenset(values))
 
 
 def _known(spec: MethodSpec) -> tuple[Option, ...]:
@@ -110,29 +107,3 @@ def _assignment(text: str, given: Mapping[str, Any]) -> tuple[str, str, Any]:
             raise ConfigError(f"--set {text!r} must be true or false")
         return name, key, words[value.lower()]
     return name, key, from_text(option, value.replace("+", ",") if option.is_list else value)
-
-
-def with_matched_budgets(entries: Sequence[Entry], shapes: Sequence[tuple[int, int]]) -> list[Entry]:
-    """Multi-head experts whose rank was not chosen get the one that matches LoRAMoE's budget, others stay.
-
-    The reference is the run's LoRAMoE, else the default one, with the experts and top-k of the method at hand.
-
-    Args:
-        shapes: (d_in, d_out) of the linears of one layer.
-
-    Raises:
-        ConfigError: no rank matches within 5 %; the message names the nearest.
-    """
-    from recollect.continual.adapters.budget import match_budget
-
-    own = next((entry.adapter for entry in entries if entry.name == REFERENCE), None)
-    reference = own or method_spec(REFERENCE).adapter_options({}, "the default LoRAMoE")
-    found = []
-    for entry in entries:
-        adapter = entry.adapter
-        if isinstance(adapter, MHMoEConfig) and not entry.is_rank_given:
-            alike = replace(reference, experts=adapter.experts, gate=adapter.gate, top_k=adapter.top_k)
-            match = match_budget(alike, adapter, shapes, largest_rank=reference.rank)
-            entry = replace(entry, adapter=match.matched)
-        found.append(entry)
-    return found

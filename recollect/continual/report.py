@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from recollect.continual.aggregates import matrix_rows
+from recollect.continual.benchmark import Benchmark
+from recollect.continual.diagnostics.section import diagnostics_section
 from recollect.continual.entries import Entry
 from recollect.continual.report_panels import all_panels
 from recollect.continual.run_config import ContinualConfig
 from recollect.continual.sequence import SequenceResult
 from recollect.continual.task_stream import TaskRows
-from recollect.continual.trace_data import TraceData, leak_key
-from recollect.continual.trace_floors import Floor
 from recollect.continual.trace_intervals import aggregate_intervals, difference_intervals, per_seed
 from recollect.eval.statistics import RESAMPLES, Interval
 from recollect.types import Report
@@ -35,18 +35,18 @@ FLOORS = "no model (floors)"
 def make_report(
     config: ContinualConfig,
     entries: Sequence[Entry],
-    data: Mapping[str, TraceData],
-    floors: Mapping[str, Floor],
+    benchmark: Benchmark,
     rows: Sequence[TaskRows],
     results: Mapping[str, Sequence[SequenceResult]],
     manifest: dict[str, Any],
 ) -> Report:
     """The report of a finished run; `results` holds each method's seeds in order."""
-    values = np.array([floors[name].value for name in data])
+    floors = benchmark.floors
+    values = np.array([floors[name].value for name in benchmark.names])
     floor_values = np.where(values < 1.0, values, np.nan)  # nothing lies above a perfect floor
-    clusters = {name: _prompt_labels(one) for name, one in data.items()}
+    clusters = benchmark.clusters()
     methods = {
-        entry.name: method_section(entry, results[entry.name], data, floor_values, clusters, config.seed)
+        entry.name: method_section(entry, results[entry.name], benchmark.names, floor_values, clusters, config.seed)
         for entry in entries
     }
     first = entries[0].name
@@ -55,9 +55,9 @@ def make_report(
         "subject": first,
         **{name: main["aggregates"][name]["value"] for name in HEADLINE},
         "accuracy_matrix": main["accuracy_matrix"],
-        "tasks": list(data),
+        "tasks": list(benchmark.names),
         "floors": {name: vars(floor) for name, floor in floors.items()},
-        "task_facts": {name: one.facts.to_json() for name, one in data.items()},
+        "task_facts": benchmark.facts(),
         "training_rows": {one.name: {**one.facts(), "epochs": one.epochs} for one in rows},
         "methods": methods,
         "differences": differences(entries, results, floor_values, clusters, config.seed),
@@ -70,27 +70,23 @@ def make_report(
     }
     report = Report(
         kind="continual",
-        protocol=protocol_of(config, data),
+        protocol=protocol_of(config, benchmark),
         metrics=main["aggregates"],
         baselines=baselines,
         ledger=ledger_of(results),
-        warnings=warnings_of(config, data, floors, results),
+        warnings=warnings_of(config, benchmark, results),
         sections=sections,
     )
-    sections["panels"] = all_panels(config, entries, report)
+    if (found := diagnostics_section(results, benchmark.names, seed=config.seed)) is not None:
+        sections["diagnostics"] = found
+    sections["panels"] = all_panels(config, entries, benchmark, report)
     return report
-
-
-def _prompt_labels(one: TraceData) -> np.ndarray:
-    """(n,) a number per test example, equal where prompts are."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(leak_key(record.prompt), len(known)) for record in one.test])
 
 
 def method_section(
     entry: Entry,
     results: Sequence[SequenceResult],
-    data: Mapping[str, TraceData],
+    tasks: Sequence[str],
     floors: np.ndarray,
     clusters: Mapping[str, np.ndarray],
     seed: int,
@@ -106,7 +102,7 @@ def method_section(
         "per_seed": {name: [finite(value) for value in each[name]] for name in (*HEADLINE, *FURTHER)},
         "accuracy_matrix": matrix_rows(mean[1:]),
         "untouched": matrix_rows(mean[:1])[0],
-        "scores": {name: task_scores(at, results) for at, name in enumerate(data)},
+        "scores": {name: task_scores(at, results) for at, name in enumerate(tasks)},
         "seeds": [
             {
                 "seed": result.seed,
@@ -171,19 +167,12 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def protocol_of(config: ContinualConfig, data: Mapping[str, TraceData]) -> dict[str, Any]:
+def protocol_of(config: ContinualConfig, benchmark: Benchmark) -> dict[str, Any]:
     """How the numbers were made."""
     return {
         "data": Path(config.data).name,
         "benchmark": config.benchmark,
-        "mode": config.mode,
-        "tasks": list(data),
-        "backbone": config.backbone,
-        "evaluation": config.evaluation,
-        "answers": "greedy" if not config.temperature else f"sampled at temperature {config.temperature:g}",
-        "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
-        "loss_on": config.loss_on,
-        "optimiser": "AdamW, anew for each task (the benchmark's own LoRA run keeps its state)",
+        **benchmark.protocol(),
         "seeds": list(config.all_seeds),
         "intervals": f"95 %, {RESAMPLES} resamples of test prompts and of training seeds",
     }
@@ -204,33 +193,26 @@ def ledger_of(results: Mapping[str, Sequence[SequenceResult]]) -> dict[str, Any]
 
 
 def warnings_of(
-    config: ContinualConfig,
-    data: Mapping[str, TraceData],
-    floors: Mapping[str, Floor],
-    results: Mapping[str, Sequence[SequenceResult]],
+    config: ContinualConfig, benchmark: Benchmark, results: Mapping[str, Sequence[SequenceResult]]
 ) -> list[str]:
     """What a reader should know before quoting a number."""
-    found = []
+    found, names, floors = [], benchmark.names, benchmark.floors
     if config.seeds < SEEDS_FOR_A_CLAIM:
         found.append(
             f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: the intervals cover test examples and hardly "
             f"training; use --seeds {SEEDS_FOR_A_CLAIM} or more before claiming a difference"
         )
-    if config.mode == "official":
-        leaking = {name: one.facts.test_in_train for name, one in data.items() if one.facts.test_in_train}
-        if leaking:
-            listed = ", ".join(f"{name} {count}" for name, count in leaking.items())
-            found.append(f"test prompts that training holds, too: {listed}; --mode clean leaves them out of training")
-    if config.evaluation == "cheap" and len(data) > 2:
+    found += benchmark.warnings()
+    if config.evaluation == "cheap" and len(names) > 2:
         found.append("forgetting and the average of OP need --evaluation triangle")
-    perfect = [name for name in data if floors[name].value >= 1.0]
+    perfect = [name for name in names if floors[name].value >= 1.0]
     if perfect:
         found.append(f"no model is needed for {', '.join(perfect)} as drawn here: OP above floors is undefined")
     if config.learning_rate == 0:
         found.append("learning_rate is 0: nothing was learnt, on purpose")
     for method, runs in results.items():
         final = np.mean([result.scores.matrix[-1] for result in runs], axis=0)
-        low = [name for value, name in zip(final, data, strict=True) if value <= floors[name].value]
+        low = [name for value, name in zip(final, names, strict=True) if value <= floors[name].value]
         if low:
             found.append(f"{method}: at the end not above what no model gets on {', '.join(low)}")
         for name, empty in _empty_tasks(runs).items():

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from recollect.continual.benchmark import Benchmark
+from recollect.continual.diagnostics.panels import diagnostic_panels
 from recollect.continual.entries import Entry
 from recollect.continual.run_config import ContinualConfig
 from recollect.types import Report
@@ -25,7 +27,9 @@ NAMES = {
 LOWER = ("forgetting", "forgetting_nonnegative")
 
 
-def all_panels(config: ContinualConfig, entries: Sequence[Entry], report: Report) -> list[dict[str, Any]]:
+def all_panels(
+    config: ContinualConfig, entries: Sequence[Entry], benchmark: Benchmark, report: Report
+) -> list[dict[str, Any]]:
     """Tables and plots of the page, in reading order."""
     found = []
     if len(entries) > 1:
@@ -39,11 +43,12 @@ def all_panels(config: ContinualConfig, entries: Sequence[Entry], report: Report
     for entry in entries:
         found += matrix_panels(report, entry, terminal=len(entries) == 1)
     found += [variant_panel(report)]
-    found += [task_panel(report, entry.name) for entry in entries]
-    found += [*metric_panels(report, entries[0].name), data_panel(report)]
-    found += [*curve_panels(report, entries), cost_panel(report)]
+    found += [benchmark.task_panel(report, entry.name) for entry in entries]
+    found += [*metric_panels(report, entries[0].name), *benchmark.data_panels(report)]
+    found += [*curve_panels(report, entries, benchmark.loss_label), cost_panel(report)]
     if any(seed["ability"] for one in report.sections["methods"].values() for seed in one["seeds"]):
         found.append(ability_panel(report))
+    found += diagnostic_panels(report.sections.get("diagnostics"))
     found.append(method_panel(entries))
     return found
 
@@ -277,7 +282,7 @@ def data_panel(report: Report) -> dict[str, Any]:
     }
 
 
-def curve_panels(report: Report, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def curve_panels(report: Report, entries: Sequence[Entry], loss_label: str) -> list[dict[str, Any]]:
     """Training loss over the epochs of the whole sequence, mean of seeds; one panel for methods of equal length."""
     by_length: dict[int, dict[str, list[float]]] = {}
     for entry in entries:
@@ -292,7 +297,7 @@ def curve_panels(report: Report, entries: Sequence[Entry]) -> list[dict[str, Any
             "x": list(range(1, length + 1)),
             "series": series,
             "x_label": "epoch of the whole sequence, task after task",
-            "y_label": "nats per answer token",
+            "y_label": loss_label,
         }
         for length, series in by_length.items()
     ]

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from recollect.continual.trace_tasks import STANDARD_ORDER, trace_tasks
 from recollect.errors import ConfigError
 
-LOOSE = frozenset({"method", "seeds", "set", "out", "resume", "overwrite", "dry_run", "ability"})
+LOOSE = frozenset(
+    {"method", "seeds", "set", "out", "resume", "overwrite", "dry_run", "ability", "diagnostics", "diagnostic_examples"}
+)
 """Options a continued run may change: further methods and seeds, and what no number depends on."""
+
+ONLY_TRACE = (
+    "mode",
+    "general_examples",
+    "max_prompt",
+    "max_answer",
+    "truncation",
+    "template",
+    "loss_on",
+    "temperature",
+    "max_new_tokens",
+    "similarity_backend",
+    "sari_source",
+    "ability",
+    "diagnostics",
+    "diagnostic_examples",
+)
+ONLY_DOMAINS = ("period", "holdout", "max_history", "keep_layers", "item_vectors")
+PERIODS = ("month", "quarter")
+MOST_SLICES = 100
 
 
 @dataclass(frozen=True)
@@ -18,31 +40,33 @@ class ContinualConfig:
     """Which tasks are learnt in which order, by which methods; the defaults suit a first look on two CPU cores."""
 
     data: str = "trace"
-    """Folder of the task folders, each with train.json, eval.json and test.json."""
+    """trace: folder of the task folders, each with train.json, eval.json and test.json. domains: an interaction log, a
+    dataset folder or a known name such as harbor or amazon-arts-office."""
 
-    benchmark: Literal["trace"] = "trace"
-    """What the folder holds."""
+    benchmark: Literal["trace", "domains"] = "trace"
+    """What is learnt: trace = the tasks of TRACE, in words; domains = to recommend the next item in one domain, or in
+    one period of time, after another."""
 
     method: tuple[str, ...] = ("seq-lora",)
     """Methods, comma separated; the first is what the report is about, the others stand beside it."""
 
     tasks: tuple[str, ...] = STANDARD_ORDER
-    """Tasks in the order of training."""
+    """Tasks in the order of training; of domains, names of domains or periods of the log, all of them unless given."""
 
     backbone: str = "smollm2"
     """Decoder that is tuned: smollm2, hf:ID, path:DIR or a folder."""
 
     train_examples: int = 200
-    """Training examples per task at most; 0 = all."""
+    """Training examples per task at most; 0 = all. Of domains, stretches of users' histories."""
 
     test_examples: int = 100
-    """Test examples per task at most; 0 = all."""
+    """Test examples per task at most; 0 = all. Of domains, users, each with one item to find."""
 
     mode: Literal["official", "clean"] = "official"
     """official = the files as they are; clean = one row a prompt, and no training row that a test repeats."""
 
     epochs: int | None = 2
-    """Passes over each task (MH-MoE's study of small models: 2); none = the benchmark's own number for each task."""
+    """Passes over each task (MH-MoE's study of small models: 2); none = TRACE's own number for each task."""
 
     seeds: int = 1
     """Repetitions of everything with seeds --seed, --seed + 1, …; the examples stay the same."""
@@ -56,6 +80,13 @@ class ContinualConfig:
 
     ability: bool = False
     """Also answer the small set of general questions before and after."""
+
+    diagnostics: bool = False
+    """After each task also look at what routed experts do with old tasks (collisions, probes, gradients, spectra), by
+    passes over --diagnostic-examples of each task learnt so far."""
+
+    diagnostic_examples: int = 32
+    """Training examples of each task that the diagnostics look at, at most."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW; 0 = train without changing anything, a check."""
@@ -76,7 +107,12 @@ class ContinualConfig:
     """Largest gradient norm; none = no clipping."""
 
     match_budget: bool = False
-    """Give multi-head experts the rank that matches the parameters of LoRAMoE, where --set gives none."""
+    """Give every method the ranks that match the parameters of LoRAMoE within 5 % after the last task, where --set
+    gives none, and print them; methods that add experts or pairs task by task get smaller ones."""
+
+    budget: Literal["trained", "activated"] = "trained"
+    """What --match-budget makes equal: trained = all that is kept after the last task; activated = what a token uses.
+    Both leave routers out."""
 
     general_examples: int | None = None
     """Instructions of Lima that replay may mix in, at most; 0 = none; none = in proportion to train_examples, as many
@@ -110,7 +146,25 @@ class ContinualConfig:
     """What a simplification is compared with: the whole prompt as in the benchmark, or the paragraph."""
 
     eval_batch: int | None = None
-    """Questions answered at a time; none = 16 on a CPU, 128 on a GPU. Another may change an answer by rounding."""
+    """Questions answered at a time; none = 50 on a CPU, 128 on a GPU. Another may change an answer by rounding."""
+
+    period: str | None = None
+    """domains: cut the log in time instead, at every month or quarter (UTC), or into so many slices of equal time;
+    none = tasks are the log's domains."""
+
+    holdout: Literal["last", "time"] = "last"
+    """domains: last = each user's last event of a task is the test; time = the last event after the task's 0.9
+    quantile of time, nothing of the task after that moment is learnt."""
+
+    max_history: int = 50
+    """domains: most recent items the model reads."""
+
+    keep_layers: int | None = 8
+    """domains: keep the decoder's first so many blocks and the final norm; none = all."""
+
+    item_vectors: str = "words"
+    """domains: what an item is to the model, from its text: words = the mean of the decoder's own word vectors, or an
+    embedder such as minilm."""
 
     checkpoint_every: int = 20
     """Optimiser steps between checkpoints inside a task."""
@@ -137,17 +191,26 @@ class ContinualConfig:
     """Seed of every random stream."""
 
     def __post_init__(self) -> None:
-        trace_tasks(self.tasks)
+        self._check_benchmark()
         if not self.method:
             raise ConfigError("no method given; name at least one, e.g. seq-lora")
         twice = [name for at, name in enumerate(self.method) if name in self.method[:at]]
         if twice:
             raise ConfigError(f"method {twice[0]!r} is given twice")
-        positive = ("seeds", "batch_size", "accumulation", "max_prompt", "max_answer", "checkpoint_every")
+        positive = (
+            "seeds",
+            "batch_size",
+            "accumulation",
+            "max_prompt",
+            "max_answer",
+            "max_history",
+            "checkpoint_every",
+            "diagnostic_examples",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("epochs", "max_new_tokens", "eval_batch"):
+        for name in ("epochs", "max_new_tokens", "eval_batch", "keep_layers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1 or none, got {getattr(self, name)!r}")
         for name in ("train_examples", "test_examples", "seed", "general_examples"):
@@ -158,8 +221,45 @@ class ContinualConfig:
                 raise ConfigError(f"{name} must be a number not below 0, got {getattr(self, name)!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigError(f"clip_norm must be positive or none, got {self.clip_norm!r}")
+        if self.budget != "trained" and not self.match_budget:
+            raise ConfigError(f"budget {self.budget!r} says what match_budget makes equal; give --match-budget, too")
         if self.resume and self.overwrite:
             raise ConfigError("resume and overwrite exclude each other; give one")
+
+    def _check_benchmark(self) -> None:
+        """Tasks of the benchmark, and no option that it does not know."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in sorted(self.foreign):
+            if getattr(self, name) != defaults[name]:
+                other = "trace" if self.benchmark == "domains" else "domains"
+                raise ConfigError(f"{name} is an option of --benchmark {other}, not of {self.benchmark}; leave it out")
+        if self.benchmark == "trace":
+            trace_tasks(self.tasks)
+            return
+        if self.tasks == STANDARD_ORDER:
+            object.__setattr__(self, "tasks", ())
+        twice = [name for at, name in enumerate(self.tasks) if name in self.tasks[:at]]
+        if twice:
+            raise ConfigError(f"task {twice[0]!r} is given twice; a sequence visits each task once")
+        if self.epochs is None:
+            raise ConfigError("epochs none is TRACE's own number for each task; give a number for domains")
+        if self.period is not None and self.period not in PERIODS and not 2 <= self.n_slices <= MOST_SLICES:
+            raise ConfigError(
+                f"period must be {', '.join(PERIODS)} or a number of slices from 2 to {MOST_SLICES}, got "
+                f"{self.period!r}"
+            )
+        if not self.item_vectors:
+            raise ConfigError("item_vectors must be words or the name of an embedder, e.g. minilm")
+
+    @property
+    def n_slices(self) -> int:
+        """Slices of equal time that `period` asks for; 0 where it asks for none."""
+        return int(self.period) if self.period is not None and self.period.isdecimal() else 0
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Options that this benchmark does not know."""
+        return frozenset(ONLY_DOMAINS if self.benchmark == "trace" else ONLY_TRACE)
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

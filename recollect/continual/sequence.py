@@ -7,9 +7,11 @@
             method_state.safetensors    what the next task starts from (adapters, buffers, the method's own)
             metrics-PHASE/  learning curves
             result.json     facts of the training; written last: the round is finished
+        adapter/round-T/    the adapters after T tasks, see `round_adapters`
         cells/              see `cells`
         matrix.csv          R of the finished sequence
         ability-0.json, ability-T.json    the general questions before and after
+        round-T/diagnostics.*    where they are asked for, see `diagnostics.rounds`
 
 Every round is evaluated and the next one begun from a bare model with the round's state loaded, in an uninterrupted run
 too: that a resumed run repeats it, bit for bit on a CPU, needs no further argument.
@@ -21,24 +23,28 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recollect.continual.aggregates import matrix_csv
+from recollect.continual.benchmark import Benchmark, OpenedLearner
 from recollect.continual.cells import CellResult, is_finished, read_cell, write_cell
 from recollect.continual.choice_likelihood import choice_scorer
+from recollect.continual.diagnostics.factors import OldExamples
+from recollect.continual.diagnostics.rounds import is_measured, measure_round, read_round
+from recollect.continual.diagnostics.section import SequenceDiagnostics, sequence_diagnostics
 from recollect.continual.entries import Entry
 from recollect.continual.evaluation_plan import Cell, PlanKind, evaluation_plan
 from recollect.continual.general_ability import score_general
+from recollect.continual.joined_rows import prepare_for_cpu
 from recollect.continual.learner import Generation, Learner
 from recollect.continual.methods.driving import learn_task
 from recollect.continual.methods.protocol import ContinualMethod, Task
 from recollect.continual.methods.state_file import read_state, write_state
-from recollect.continual.trace_data import TraceData
+from recollect.continual.round_adapters import write_round_adapter
 from recollect.continual.trace_intervals import RunScores
-from recollect.continual.trace_scores import score_task
 from recollect.errors import ResumeRefused
 from recollect.io import disk_errors, read_json, write_json, write_text
 from recollect.loop import LoopConfig
@@ -55,7 +61,7 @@ class SequenceOptions:
     """How a sequence is learnt and evaluated, alike for all methods and seeds.
 
     loop: of every task; its seed and epochs are replaced.  answers: its seed is replaced.  identity: JSON values that
-    tell this run from others.
+    tell this run from others.  diagnostics: the examples of all tasks that are looked at; None = none.
     """
 
     loop: LoopConfig
@@ -64,9 +70,8 @@ class SequenceOptions:
     untouched: bool = False
     ability: bool = False
     checkpoint_every: int | None = None
-    similarity_backend: Any = "difflib"
-    sari_source: Any = "prompt"
     identity: Mapping[str, Any] | None = None
+    diagnostics: OldExamples | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class SequenceResult:
     """What one method and seed made.
 
     scores: primary scores of all evaluated cells.  cells: the same with every metric.  rounds: result.json per round.
-    ability: {"before", "after"} where it was asked for.
+    ability: {"before", "after"} where it was asked for.  diagnostics: where they were asked for.
     """
 
     method: str
@@ -83,6 +88,7 @@ class SequenceResult:
     cells: dict[Cell, CellResult]
     rounds: list[dict[str, Any]]
     ability: dict[str, Any] | None
+    diagnostics: SequenceDiagnostics | None = None
 
 
 def sequence_cells(n_tasks: int, options: SequenceOptions, *, is_joint: bool) -> tuple[Cell, ...]:
@@ -97,9 +103,8 @@ def run_sequence(
     entry: Entry,
     seed: int,
     *,
-    open_model: Callable[[], Learner],
     tasks: Sequence[Task],
-    data: Mapping[str, TraceData],
+    benchmark: Benchmark,
     options: SequenceOptions,
     folder: Path,
     progress: Progress,
@@ -107,16 +112,15 @@ def run_sequence(
     """Learn and evaluate every task of one method and seed, or what of it is not yet in `folder`.
 
     Args:
-        open_model: a bare model, the same each time.
         tasks: what the method learns, in order; a joint method has one.
-        data: the tasks of the stream in order.
+        benchmark: opens bare models and examines them.
 
     Raises:
         ResumeRefused: `folder` holds this method with other options.
         ConfigError: the adapters do not fit the model.
         TrainingDiverged: a loss or a weight became NaN or infinite.
     """
-    return _Run(entry.seeded(seed), seed, open_model, tasks, data, options, folder, progress).carry_out()
+    return _Run(entry.seeded(seed), seed, tasks, benchmark, options, folder, progress).carry_out()
 
 
 class _Run:
@@ -124,17 +128,16 @@ class _Run:
         self,
         entry: Entry,
         seed: int,
-        open_model: Callable[[], Learner],
         tasks: Sequence[Task],
-        data: Mapping[str, TraceData],
+        benchmark: Benchmark,
         options: SequenceOptions,
         folder: Path,
         progress: Progress,
     ) -> None:
-        self.entry, self.seed, self.open_model, self.tasks = entry, seed, open_model, tasks
-        self.data, self.options, self.folder, self.progress = data, options, folder, progress
-        self.names = tuple(data)
-        self.plan = sequence_cells(len(data), options, is_joint=entry.spec.is_joint)
+        self.entry, self.seed, self.tasks, self.benchmark = entry, seed, tasks, benchmark
+        self.options, self.folder, self.progress = options, folder, progress
+        self.names = benchmark.names
+        self.plan = sequence_cells(len(self.names), options, is_joint=entry.spec.is_joint)
         self.title = f"{entry.name}, seed {seed}"
 
     def carry_out(self) -> SequenceResult:
@@ -143,13 +146,17 @@ class _Run:
             waiting = self._waiting_cells(stage)
             asks_ability = self._asks_ability(stage)
             learns = stage < len(self.tasks) and not self._is_learnt(stage + 1)
-            if not (waiting or asks_ability or learns):
+            old = self._waiting_diagnostics(stage)
+            if not (waiting or asks_ability or learns or old):
                 continue
             learner, method = self._model_at(stage)
             for cell in waiting:
                 self._evaluate(learner, method, cell)
             if asks_ability:
                 self._measure_ability(learner, method, stage)
+            if old is not None:
+                self.progress.stage(f"{self.title}, after task {stage}: diagnostics", len(old))
+                measure_round(learner, self.benchmark.pad_id, old, self._round_folder(stage), self.progress)
             if learns:
                 self._learn(learner, method, stage)
         return self._result()
@@ -181,20 +188,21 @@ class _Run:
         own = [cell for cell in self.plan if cell.round == self._round_of(stage)]
         return [cell for cell in own if not is_finished(self.folder / "cells", cell, self.names[cell.task])]
 
-    def _model_at(self, stage: int) -> tuple[Learner, ContinualMethod]:
+    def _model_at(self, stage: int) -> tuple[OpenedLearner, ContinualMethod]:
         """The model and the method after `stage` tasks."""
         self.progress.stage(f"{self.title}: loading the model")
-        learner = self.open_model()
+        learner = self.benchmark.open_learner()
         method = self.entry.spec.open(self.entry.options, self.entry.adapter)
         method.prepare(learner.model)
+        prepare_for_cpu(learner.model, learner.arithmetic)
         if stage:
             method.load_state(learner.model, read_state(self._round_folder(stage)))
         return learner, method
 
-    def _evaluate(self, learner: Learner, method: ContinualMethod, cell: Cell) -> None:
+    def _evaluate(self, learner: OpenedLearner, method: ContinualMethod, cell: Cell) -> None:
         name = self.names[cell.task]
-        one = self.data[name]
-        self.progress.stage(f"{self.title}, after task {cell.round}: answering {name}", len(one.test))
+        _, _, n_examples = self.benchmark.sizes()[name]
+        self.progress.stage(f"{self.title}, after task {cell.round}: answering {name}", n_examples)
         started = time.perf_counter()
         if self.entry.spec.needs_task:
             method.select(learner.model, cell.task)
@@ -204,16 +212,9 @@ class _Run:
             call_seed(self.seed, "continual answers", cell.round),
             self.options.answers.max_new_tokens,
         )
-        predictions = learner.answers(one.task, one.test, how, after_batch=self.progress.advance)
-        scores = score_task(
-            one.task,
-            one.test,
-            predictions,
-            similarity_backend=self.options.similarity_backend,
-            sari_source=self.options.sari_source,
-        )
+        records, predictions, scores = self.benchmark.examine(learner, name, how, self.progress.advance)
         seconds = time.perf_counter() - started
-        write_cell(self.folder / "cells", cell, one.test, predictions, scores, seconds)
+        write_cell(self.folder / "cells", cell, records, predictions, scores, seconds)
 
     def _ability_file(self, stage: int) -> Path:
         return self.folder / f"ability-{stage}.json"
@@ -222,12 +223,30 @@ class _Run:
         is_end = stage in (0, len(self.tasks)) and not self.entry.spec.needs_task
         return self.options.ability and is_end and not self._ability_file(stage).is_file()
 
-    def _measure_ability(self, learner: Learner, method: ContinualMethod, stage: int) -> None:
+    def _measure_ability(self, learner: OpenedLearner, method: ContinualMethod, stage: int) -> None:
+        assert isinstance(learner, Learner)  # the general questions are asked in words
         self.progress.stage(f"{self.title}: general questions")
         found = score_general(choice_scorer(learner.model, learner.tokens))
         write_json(self._ability_file(stage), found.to_json())
 
-    def _learn(self, learner: Learner, method: ContinualMethod, stage: int) -> None:
+    def _old_examples(self, stage: int) -> OldExamples | None:
+        """The examples to look at after `stage` tasks."""
+        old = self.options.diagnostics
+        if old is None or not stage:
+            return None
+        return old if self.entry.spec.is_joint else old.first_tasks(stage)
+
+    def _waiting_diagnostics(self, stage: int) -> OldExamples | None:
+        old = self._old_examples(stage)
+        return None if old is None or is_measured(self._round_folder(stage), old) else old
+
+    def _diagnostics(self) -> SequenceDiagnostics | None:
+        if self.options.diagnostics is None:
+            return None
+        rounds = [read_round(self._round_folder(stage)) for stage in range(1, len(self.tasks) + 1)]
+        return sequence_diagnostics(rounds)
+
+    def _learn(self, learner: OpenedLearner, method: ContinualMethod, stage: int) -> None:
         from recollect.continual.adapters.attach import attached
         from recollect.continual.adapters.budget import trainable_report
         from recollect.tracking import Tracker
@@ -249,6 +268,8 @@ class _Run:
                 identity={**(self.options.identity or {}), "method": self.entry.describe(), "seed": self.seed},
             )
         write_state(method.state(learner.model), folder)
+        about = {"method": self.entry.describe(), "seed": self.seed, "round": stage + 1, "task": task.name}
+        write_round_adapter(learner.model, self.folder / "adapter" / folder.name, about)
         parameters = trainable_report(learner.model) if attached(learner.model) is not None else None
         write_json(
             folder / RESULT_FILE,
@@ -281,17 +302,17 @@ class _Run:
         write_text(self.folder / MATRIX_FILE, matrix_csv(scores.matrix, self.names))
         held = {when: read_json(path) for when, path in ends.items() if path.is_file()}
         ability = held if self.options.ability and len(held) == len(ends) else None
-        return SequenceResult(self.entry.name, self.seed, scores, cells, rounds, ability)
+        return SequenceResult(self.entry.name, self.seed, scores, cells, rounds, ability, self._diagnostics())
 
 
-def _loop_of(loop: LoopConfig, learner: Learner, seed: int) -> LoopConfig:
+def _loop_of(loop: LoopConfig, learner: OpenedLearner, seed: int) -> LoopConfig:
     return replace(loop, seed=seed, precision=learner.arithmetic)
 
 
 class PeakOf:
     """Highest memory in MiB inside a `with` block: of the GPU the model is on, else of the process beyond its start."""
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: OpenedLearner) -> None:
         self._device, self._stack = learner.device, contextlib.ExitStack()
         self.mb: float | None = None
 

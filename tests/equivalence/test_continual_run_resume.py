@@ -77,7 +77,7 @@ def results(out):
         key = str(path.relative_to(out))
         if path.suffix == ".jsonl":
             found[key] = path.read_bytes()
-        elif path.suffix == ".safetensors":
+        elif path.name == "method_state.safetensors":
             state = read_state(path.parent)  # the file's header has no fixed order
             found[key] = {name: tensor.numpy().tobytes() for name, tensor in state.tensors.items()}, state.values
         elif path.suffix == ".json":

@@ -392,6 +392,27 @@ def test_sd_moe_absorbs_after_every_task():
     assert 0 < ranks[0] <= ranks[1] <= 3
 
 
+def test_a_growing_sd_moe_learns_what_is_common_and_absorbs_it_before_the_router_replay():
+    method = small_method("sd-moe", adapter={"grow": 1, "router_replay": 0.5, "common_rank_max": None})
+    model = method.prepare(tiny_decoder(num_hidden_layers=1))
+    learn_task(method, model, tiny_task(0), LOOP)
+    experts = [(bank.lora_A[0].clone(), bank.lora_B[0].clone()) for bank in banks(model).values()]
+    frozen = {name: module.frozen_B.clone() for name, module in adapters(model).items()}
+    method.before_task(tiny_task(1), model)
+    trained = {name.rpartition(".")[2] for name in trained_parameters(model)}
+    assert {"common_A", "common_B"} <= trained
+    learn_task(method, model, tiny_task(1), LOOP)
+    assert method.facts()["absorbed_directions"] > 0
+    for name, module in adapters(model).items():
+        before = frozen[name]
+        assert torch.equal(module.frozen_B[: len(before)], before)
+        assert module.frozen_B[len(before) :].abs().max() > 0  # the second task's common adapter is in it
+    for one, bank in zip(experts, banks(model).values(), strict=True):
+        assert torch.equal(one[0], bank.lora_A[0])
+        assert torch.equal(one[1], bank.lora_B[0])
+    assert not any("common" in name or "lora" in name for name in trained_parameters(model))
+
+
 def test_separate_adapters_forget_nothing():
     method = small_method("per-task")
     model = method.prepare(tiny_decoder(num_hidden_layers=1))

@@ -251,9 +251,12 @@ def test_growing_keeps_old_experts_as_they_act(tmp_path: Path) -> None:
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
     for layer, old in zip(layers, before, strict=True):
+        layer.refresh()  # the common adapter has moved, and with it the basis
         assert torch.equal(layer.expert_updates()[:, :3], old)
         assert layer.expert_updates().shape[1] == 5
-        assert max(layer.leak()) < 1e-4
+        bank = layer.bank  # the new experts stay outside of it; old ones cannot without acting otherwise
+        assert (bank.lora_A[-1] - bank.off_right(bank.lora_A[-1])).norm() < 1e-4 * bank.lora_A[-1].norm()
+        assert (bank.lora_B[-1] - bank.off_left(bank.lora_B[-1])).norm() < 1e-4 * bank.lora_B[-1].norm()
 
 
 def test_misuse_is_refused_with_the_reason(tmp_path: Path) -> None:

@@ -75,12 +75,8 @@ class Outcome:
 
 def play(config: MoELoraConfig, seed: int, *, gated: bool = False) -> Outcome:
     """400 steps on task A, then 200 on task B."""
-    world = World(seed)
-    model = attach(Toy(world), config)
-    _initialise(model, seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    _train(model, world, "a", 400, optimizer, None)
+    world, model, optimizer = trained_on_a(config, seed, 400)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     task_a, old_before = _error(model, world, "a"), _error(model, world, "old")
     inputs, _, values = world.draw(20_000, "a")
     with torch.no_grad():
@@ -97,7 +93,17 @@ def play(config: MoELoraConfig, seed: int, *, gated: bool = False) -> Outcome:
         gate.start()
     _train(model, world, "b", 200, optimizer, gate)
     rise = _error(model, world, "old") - old_before
-    return Outcome(sum(p.numel() for p in trained), task_a, joint, rise, _error(model, world, "b"))
+    return Outcome(trained, task_a, joint, rise, _error(model, world, "b"))
+
+
+def trained_on_a(config: MoELoraConfig, seed: int, steps: int) -> tuple[World, nn.Module, torch.optim.Optimizer]:
+    """A world, a model after so many steps on its task A, and the optimiser to go on with."""
+    world = World(seed)
+    model = attach(Toy(world), config)
+    _initialise(model, seed)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    _train(model, world, "a", steps, optimizer, None)
+    return world, model, optimizer
 
 
 def _initialise(model: nn.Module, seed: int) -> None:

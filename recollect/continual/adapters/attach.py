@@ -24,6 +24,7 @@ from recollect.continual.adapters.wrapped import AdapterLinear, check_heads, mak
 from recollect.errors import ConfigError, InputError
 
 SHARED_ROUTER = "adapter_router"  # the submodule of an FFN that holds its shared routers
+WEIGHED = ("moelora", "sapt")  # kinds whose experts are weighed once for the whole model, see `weighed`
 _FUSED = ("gate_up_proj", *FFN_LINEARS)  # 3-D expert parameters of transformers 5
 
 
@@ -41,6 +42,7 @@ class Attached:
     mask: MaskHolder
     adapters: tuple[str, ...] = ()
     shared_routers: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()  # further modules of the method
     were_trainable: tuple[str, ...] = ()
     handles: list[Removable] = field(default_factory=list)
 
@@ -82,7 +84,7 @@ def detach(model: nn.Module) -> nn.Module:
         handle.remove()
     for name in state.adapters:
         _replace(model, name, model.get_submodule(name).base)  # type: ignore[arg-type]
-    for name in state.shared_routers:
+    for name in state.shared_routers + state.extras:
         parent, _, last = name.rpartition(".")
         delattr(model.get_submodule(parent), last)
     _make_trainable(model, state.were_trainable)
@@ -190,7 +192,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of adapters and routers alone, by their names in the model (detached views)."""
     state = _attached(model)
     tensors = {}
-    for prefix in state.adapters + state.shared_routers:
+    for prefix in state.adapters + state.shared_routers + state.extras:
         for name, tensor in model.get_submodule(prefix).state_dict().items():
             if not name.startswith("base."):
                 tensors[f"{prefix}.{name}"] = tensor.detach()
@@ -203,7 +205,8 @@ def load_adapter_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> Non
     Raises:
         InputError: a tensor is missing, unknown or of another shape; the message names it.
     """
-    for prefix, module in adapters(model).items():
+    extras: dict[str, Any] = {name: model.get_submodule(name) for name in _attached(model).extras}
+    for prefix, module in (adapters(model) | extras).items():
         own = {
             name.removeprefix(f"{prefix}."): value for name, value in tensors.items() if name.startswith(f"{prefix}.")
         }
@@ -232,6 +235,10 @@ def linear_class(config: MoELoraConfig) -> type[AdapterLinear]:
         from recollect.continual.adapters.hydra_lora import HydraLoraLinear
 
         return HydraLoraLinear
+    if config.kind in WEIGHED:
+        from recollect.continual.adapters.weighed import WeighedLinear
+
+        return WeighedLinear
     return {"lora": PlainLoraLinear, "loramoe": LoRAMoELinear, "mh_moe": MHMoELinear}.get(config.kind, AdapterLinear)
 
 
@@ -308,6 +315,8 @@ def _attach_linears(model: nn.Module, config: MoELoraConfig, state: Attached, ta
         name: layer(linear, config, name=name, mask=state.mask, router=shared.get(name.rpartition(".")[0]))
         for name, linear in targets.items()
     }
+    if config.kind in WEIGHED:
+        _weigh(model, config, state, list(wrapped.values()))  # may refuse: before anything is replaced
     for name, router in shared.items():
         ffn = model.get_submodule(name)
         ffn.add_module(SHARED_ROUTER, router.train(model.training))
@@ -320,6 +329,20 @@ def _attach_linears(model: nn.Module, config: MoELoraConfig, state: Attached, ta
         state.handles += [mix_experts(model.get_submodule(name), name) for name in shared]
     state.adapters = tuple(targets)
     state.shared_routers = tuple(f"{name}.{SHARED_ROUTER}" for name in shared)
+
+
+def _weigh(model: nn.Module, config: MoELoraConfig, state: Attached, wrapped: list[Any]) -> None:
+    """Give the linears of a `WEIGHED` kind what weighs their experts."""
+    from recollect.continual.adapters.weighed import TaskAttention, make_weigher
+
+    device = wrapped[0].base.weight.device
+    name, weigher = make_weigher(config, model, device)
+    model.add_module(name, weigher.train(model.training))
+    for linear in wrapped:
+        linear.weigh_by(weigher)
+    if isinstance(weigher, TaskAttention):
+        state.handles.append(_decoder(model).register_forward_pre_hook(weigher.before_forward, with_kwargs=True))
+    state.extras = (name,)
 
 
 def _attach_beside(model: nn.Module, config: MoELoraConfig, state: Attached, targets: dict[str, nn.Linear]) -> None:

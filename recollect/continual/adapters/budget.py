@@ -17,6 +17,7 @@ from recollect.continual.adapters.config import MHMoEConfig, MoELoraConfig
 from recollect.errors import ConfigError
 
 LARGEST_MISMATCH = 0.05
+ABSORBED = ("frozen_A", "frozen_B")  # buffers of a wrapped linear that a token uses like parameters
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class TrainableReport:
 
     total: all.  trainable: those that require gradients.  base: the frozen model.  experts, router: of the adapters,
     frozen or not.  activated: of experts and other adapter parts a token uses in one pass, routers included.
+    absorbed: of pairs made of what was trained (SD-LoRA-MoE's frozen pair, a buffer), part of total and activated.
     """
 
     total: int
@@ -33,6 +35,7 @@ class TrainableReport:
     experts: int
     router: int
     activated: int
+    absorbed: int = 0
 
     @property
     def trainable_share(self) -> float:
@@ -149,12 +152,19 @@ def trainable_report(model: nn.Module) -> TrainableReport:
         else:
             used += bank.heads * config.top_k * bank.rank * (bank.in_features // bank.heads + bank.out_features)
     others = sum(parameter.numel() for parameter in own.values()) - router - experts  # always on, e.g. a common pair
-    total = sum(parameter.numel() for parameter in model.parameters())
+    absorbed = sum(
+        buffer.numel()
+        for module in adapters(model).values()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in ABSORBED
+    )
+    total = sum(parameter.numel() for parameter in model.parameters()) + absorbed
     return TrainableReport(
         total=total,
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        base=total - router - experts - others,
+        base=total - router - experts - others - absorbed,
         experts=experts,
         router=router,
-        activated=used + others + router,
+        activated=used + others + absorbed + router,
+        absorbed=absorbed,
     )

@@ -18,6 +18,8 @@ Placement = Literal["per_linear", "block_shared", "parallel_ffn"]
 SliceSource = Literal["post_attn", "pre_o"]
 
 FFN_LINEARS = ("gate_proj", "up_proj", "down_proj")
+TASK_WIDTH = 16
+"""Of the vectors MOELoRA has for tasks."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,9 @@ class SDLoraMoEConfig(MoELoraConfig):
     balance: float = 0.01
     common_rank: int = 8
     """Rank k of the common adapter."""
-    common_rank_max: int = 32
-    """Rank the common adapter may grow to by absorbing what experts share."""
+    common_rank_max: int | None = None
+    """Rank that the common adapter and what it absorbed may reach together; none = what the width of a slice leaves
+    beside one expert's rank.  T tasks ask for common_rank + T * (common_rank + absorb_rank): 104 for eight of them."""
     absorb_rank: int = 4
     """Directions moved from the experts to the common adapter after each task."""
     refresh_every: int = 16
@@ -181,7 +184,7 @@ class SDLoraMoEConfig(MoELoraConfig):
                 "common_rank and refresh_every must be at least 1 and absorb_rank not below 0, got "
                 f"{self.common_rank!r}, {self.refresh_every!r}, {self.absorb_rank!r}"
             )
-        if self.common_rank_max < self.common_rank:
+        if self.common_rank_max is not None and self.common_rank_max < self.common_rank:
             raise ConfigError(
                 f"common_rank_max must be at least common_rank {self.common_rank}, got {self.common_rank_max!r}"
             )
@@ -228,9 +231,65 @@ class MixLoraConfig(MoELoraConfig):
             raise ConfigError(f"MixLoRA adapts {', '.join(FFN_LINEARS)} together, got {self.target_modules!r}")
 
 
+@dataclass(frozen=True)
+class TaskGatedConfig(MoELoraConfig):
+    """MOELoRA: dense experts whose weights depend on the task alone."""
+
+    kind: ClassVar[str] = "moelora"
+
+    rank: int = 4
+    alpha: float = 32.0
+    dropout: float = 0.05
+    experts: int = 8
+    gate: Gate = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _weighed_as_a_whole("MOELoRA", self)
+
+
+@dataclass(frozen=True)
+class SAPTAdapterConfig(MoELoraConfig):
+    """SAPT (ACL 2024): a LoRA pair per task, mixed by the attention of a prompt over the tasks' keys."""
+
+    kind: ClassVar[str] = "sapt"
+
+    experts: int = 1
+    gate: Gate = "dense"
+    query_width: int = 64
+    """Width of queries and keys."""
+    sharpness: float = 16.0
+    """Factor of the cosine of query and key before the softmax."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _weighed_as_a_whole("SAPT", self)
+        if self.experts != 1 or self.query_width < 1 or not 0 < self.sharpness < math.inf:
+            raise ConfigError(
+                "SAPT starts with experts 1 and needs query_width of at least 1 and a positive sharpness, got "
+                f"{self.experts!r}, {self.query_width!r}, {self.sharpness!r}"
+            )
+
+
+def largest_common_rank(config: SDLoraMoEConfig, in_features: int, out_features: int) -> int:
+    """Rank that the common adapter of a linear and what it absorbed may reach together."""
+    if config.common_rank_max is not None:
+        return config.common_rank_max
+    return max(config.common_rank, min(in_features // config.heads, out_features) - config.rank)
+
+
 CONFIGS: dict[str, type[MoELoraConfig]] = {
     config.kind: config
-    for config in (PlainLoraConfig, LoRAMoEConfig, MHMoEConfig, SDLoraMoEConfig, HydraLoraConfig, MixLoraConfig)
+    for config in (
+        PlainLoraConfig,
+        LoRAMoEConfig,
+        MHMoEConfig,
+        SDLoraMoEConfig,
+        HydraLoraConfig,
+        MixLoraConfig,
+        TaskGatedConfig,
+        SAPTAdapterConfig,
+    )
 }
 
 
@@ -254,3 +313,12 @@ def config_to_dict(config: MoELoraConfig) -> dict[str, Any]:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _weighed_as_a_whole(method: str, config: MoELoraConfig) -> None:
+    """Refuse options of routers for a method that has none."""
+    wanted = {"heads": 1, "gate": "dense", "placement": "per_linear", "grow": 0, "router_replay": 0.0}
+    wanted |= {"balance": 0.0, "z_loss": 0.0, "lbc": 0.0, "update_gate": "none"}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ConfigError(f"{method} has no routers: {name} must be {value!r}, got {getattr(config, name)!r}")

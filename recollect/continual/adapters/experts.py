@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recollect.continual.adapters.routing import Routing, slice_products
+from recollect.continual.adapters.routing import Router, Routing, slice_products
 from recollect.rng import stream
 
 # Stacked wins while E·r is at most this many times k (one thread, 1 024 tokens, widths 576 and 1 536: the two cross at
-# E·r between 160 and 200 for one slice of rank 8 and for four slices of rank 3).
-STACKED_RANK = 192
+# E·r about 130 for one slice of rank 8 and about 90 for four slices of rank 3).
+STACKED_RANK = 128
 BLOCK_ROWS = 16
+# Tokens per row of A from which it pays to multiply by the router's rows and A at once, which copies both.
+JOINED_TOKENS = 2
 
 
 class ExpertBank(nn.Module):
@@ -89,27 +91,44 @@ class ExpertBank(nn.Module):
             return down[0], up[0]
         return torch.cat(down, dim=1), torch.cat(up, dim=1)
 
+    def rows_beside(self, router: Router, x: Tensor) -> Tensor | None:
+        """A of all experts (H, E·r, d/H) for `router` to multiply x (…, d) by along with its own rows.
+
+        None where the products are not the same or one is no cheaper than two: under autocast, in another precision
+        than the router's, in the grouped form, for few tokens.
+        """
+        n_tokens, n_rows = x.numel() // self.in_features, self.n_experts * self.rank
+        if n_tokens < JOINED_TOKENS * n_rows or self._is_wide(router.n_chosen):
+            return None
+        down = self.weights()[0]
+        if torch.is_autocast_enabled(x.device.type) or down.dtype != torch.float32:
+            return None
+        return down.flatten(1, 2)
+
     def forward(self, tokens: Tensor, routing: Routing | None, scaling: float, output: Tensor | None = None) -> Tensor:
         """output + scaling·Σ_j Σ_e gate_{j,e}·E_{j,e}(slice j), for tokens (n, d) and output (n, d_out).
 
-        Without routing every expert counts with weight 1; without output, zeros stand for it.
+        Without routing every expert counts with weight 1; without output, zeros stand for it.  A routing that has the
+        products with `rows_beside` saves them here.
         """
         down, up = self.weights()
         if not torch.is_autocast_enabled(tokens.device.type):
             tokens = tokens.to(down.dtype)
-        if routing is not None and not routing.is_dense and self._is_wide(routing):
+        if routing is not None and not routing.is_dense and self._is_wide(routing.indices.shape[-1]):
             return self._grouped(tokens, routing, scaling, output, down, up)
         return self._stacked(tokens, routing, scaling, output, down, up)
 
-    def _is_wide(self, routing: Routing) -> bool:
-        return routing.n_experts * self.rank > STACKED_RANK * routing.indices.shape[-1]
+    def _is_wide(self, chosen: int) -> bool:
+        return chosen < self.n_experts and self.n_experts * self.rank > STACKED_RANK * chosen
 
     def _stacked(
         self, tokens: Tensor, routing: Routing | None, scaling: float, output: Tensor | None, down: Tensor, up: Tensor
     ) -> Tensor:
         heads, experts, rank, width = down.shape
-        slices = tokens.reshape(-1, heads, width)
-        hidden = slice_products(slices, down.reshape(heads, experts * rank, width))  # (n, H, E·r)
+        if routing is not None and routing.products is not None:
+            hidden = routing.products  # (n, H, E·r)
+        else:
+            hidden = slice_products(tokens.reshape(-1, heads, width), down.reshape(heads, experts * rank, width))
         if self.activation:
             hidden = functional.silu(hidden)
         if routing is None:
@@ -124,17 +143,17 @@ class ExpertBank(nn.Module):
     ) -> Tensor:
         experts, width = down.shape[1], down.shape[3]
         blocks = Blocks.of(routing.indices, experts)
-        rows = tokens.reshape(-1, width)[blocks.slice_row]  # (m, d/H), sorted by expert
-        hidden = torch.bmm(blocks.spread(rows), down.flatten(0, 1)[blocks.expert].transpose(1, 2))
+        # Slots without a row read and write the first one; their gate is 0.  index_select, not [], for its gradient.
+        rows = tokens.reshape(-1, width).index_select(0, blocks.slots(blocks.slice_row)).unflatten(0, (-1, BLOCK_ROWS))
+        hidden = torch.bmm(rows, down.flatten(0, 1).index_select(0, blocks.expert).transpose(1, 2))
         if self.activation:
             hidden = functional.silu(hidden)
         gates = (routing.weights.reshape(-1)[blocks.assignment] * scaling).to(hidden.dtype)
         hidden = hidden * blocks.spread(gates[:, None])
-        parts = torch.bmm(hidden, up.flatten(0, 1)[blocks.expert])  # (blocks, rows, d_out)
-        rows = parts.flatten(0, 1)[blocks.place]
+        parts = torch.bmm(hidden, up.flatten(0, 1).index_select(0, blocks.expert))  # (blocks, rows, d_out)
         if output is None:
-            output = rows.new_zeros(len(tokens), self.out_features)
-        return output.index_add(0, blocks.token, rows.to(output.dtype))
+            output = parts.new_zeros(len(tokens), self.out_features)
+        return output.index_add(0, blocks.slots(blocks.token), parts.flatten(0, 1).to(output.dtype))
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,10 @@ class Blocks:
         place = torch.arange(len(owner), device=device) + (first_row - first_assignment).repeat_interleave(counts)
         slice_row = assignment // chosen
         return cls(assignment, slice_row, slice_row // heads, place, used.repeat_interleave(blocks_of))
+
+    def slots(self, numbers: Tensor) -> Tensor:
+        """Integers (m,) at their places among the blocks' rows (blocks · BLOCK_ROWS,), zeros elsewhere."""
+        return numbers.new_zeros(len(self.expert) * BLOCK_ROWS).index_copy(0, self.place, numbers)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows (m, c) at their places in zero-filled blocks (blocks, BLOCK_ROWS, c)."""

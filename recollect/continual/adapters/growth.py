@@ -70,6 +70,7 @@ def open_experts(model: nn.Module, n_open: int) -> None:
 def train_new_experts(model: nn.Module) -> list[nn.Parameter]:
     """Phase 1: open everything, train the newest generation and the routers, freeze older experts.
 
+    Trained too is what is no expert and always on: the common adapter of SD-LoRA-MoE, whose past is frozen apart.
     Returns the trained parameters, for the optimiser.
     """
     open_experts(model, len(generations(model)[0]))
@@ -77,6 +78,9 @@ def train_new_experts(model: nn.Module) -> list[nn.Parameter]:
     for bank in _banks(model):
         bank.lora_A[-1].requires_grad_(True)
         bank.lora_B[-1].requires_grad_(True)
+    for module in adapters(model).values():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
     return _trained_with_routers(model)
 
 

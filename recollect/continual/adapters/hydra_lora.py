@@ -31,6 +31,9 @@ class SharedDownBank(ExpertBank):
         """A (1, E, r, d), the same for every expert, and B (1, E, r, d_out)."""
         return self.lora_A[0].expand(-1, self.n_experts, -1, -1), self.lora_B[0]
 
+    def rows_beside(self, router: Router, x: Tensor) -> None:
+        """As `ExpertBank.rows_beside`: nothing, for the one A here is not a row per expert."""
+
     def forward(self, tokens: Tensor, routing: Routing | None, scaling: float, output: Tensor | None = None) -> Tensor:
         """As `ExpertBank.forward`; A is applied once, whatever the number of experts."""
         assert routing is not None

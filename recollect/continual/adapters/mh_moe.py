@@ -136,8 +136,8 @@ class AdapterFFN(nn.Module):
         source = h if self._tap is None else self._tap.take()
         if source is None:
             raise ConfigError(f"{self.name} reads the attention's heads, but no attention ran before it")
-        routing = self.own_router(source)
         dropped = functional.dropout(source, self.config.dropout, self.training) if self.config.dropout else source
+        routing = self.own_router(source, self.bank.rows_beside(self.own_router, source) if dropped is source else None)
         flat = self.bank(dropped.flatten(0, -2), routing, self.scaling, output.flatten(0, -2))
         return flat.view(output.shape)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recollect.continual.adapters.config import Gate, MoELoraConfig
 from recollect.errors import ConfigError, InputError
@@ -24,7 +25,8 @@ class Routing:
 
     logits, probabilities: (n, H, E) float32, with their graph.  weights, indices: (n, H, k) the gate weight of each
     chosen expert and its number.  mask: (n,) bool, True = real token, None = all are.  batch_shape: the leading
-    dimensions of the input, e.g. (B, T).
+    dimensions of the input, e.g. (B, T).  products: (n, H, m) of the tokens with the rows a caller gave the router to
+    multiply along with its own; never part of the record a router keeps.
     """
 
     logits: Tensor
@@ -33,6 +35,7 @@ class Routing:
     indices: Tensor
     mask: Tensor | None
     batch_shape: tuple[int, ...]
+    products: Tensor | None = None
 
     @property
     def n_experts(self) -> int:
@@ -157,6 +160,11 @@ class Router(nn.Module):
         """E over the open generations."""
         return sum(rows.shape[1] for rows in list(self.rows)[: self.n_open])
 
+    @property
+    def n_chosen(self) -> int:
+        """Experts a token gets a weight for in each slice."""
+        return self.n_experts if self.forced is not None or self.gate == "dense" else self.top_k
+
     def grow(self, experts: int, device: torch.device | None = None) -> nn.Parameter:
         """Add the rows (H, experts, d/H) of a generation, closed until `open_all`."""
         slice_width = self.width // self.heads
@@ -176,19 +184,28 @@ class Router(nn.Module):
         rows = list(self.rows)[: self.n_open]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
-    def forward(self, x: Tensor) -> Routing:
-        """Route x (…, d); the record is returned and kept as `last_routing`."""
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Routing:
+        """Route x (…, d); the record is returned and kept as `last_routing`.
+
+        With rows (H, m, d/H) float32, what is returned has their `products` too: x is then read once for both, and its
+        gradient written once.
+        """
         batch_shape = tuple(x.shape[:-1])
         tokens = x.reshape(-1, self.heads, self.width // self.heads)
         with torch.autocast(x.device.type, enabled=False):
-            logits = slice_products(tokens.float(), self.weight().float())  # (n, H, E)
+            weight = self.weight().float()
+            both = weight if rows is None else torch.cat([weight, rows], dim=1)
+            logits = slice_products(tokens.float(), both)  # (n, H, E) or (n, H, E + m)
+            if rows is not None:
+                logits, products = logits.split([weight.shape[1], rows.shape[1]], dim=-1)
+                logits = logits.contiguous()  # a record that is kept must not keep the products
             weights, indices, probabilities = choose(logits, self.gate, self.top_k)
         mask = self._mask.tokens(batch_shape)
         routing = Routing(logits, probabilities, weights, indices, mask, batch_shape)
         if self.forced is not None:
             routing = _with_gates(routing, self.forced)
         self.last_routing = routing
-        return routing
+        return routing if rows is None else replace(routing, products=products)
 
 
 def _with_gates(routing: Routing, gates: Tensor) -> Routing:
@@ -200,8 +217,8 @@ def _with_gates(routing: Routing, gates: Tensor) -> Routing:
 
 def slice_products(tokens: Tensor, weight: Tensor) -> Tensor:
     """(n, H, m): every slice of tokens (n, H, c) times its own matrix of weight (H, m, c)."""
-    if weight.shape[0] == 1:
-        return (tokens[:, 0] @ weight[0].t())[:, None]
+    if weight.shape[0] == 1:  # squeeze, not [:, 0]: the gradient of an index is written into new zeros
+        return functional.linear(tokens.squeeze(1), weight.squeeze(0))[:, None]
     return torch.bmm(tokens.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 

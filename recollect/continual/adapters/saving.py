@@ -1,5 +1,7 @@
 """Adapters as a folder: `recollect_adapter.json` (options, growth, the base they belong to) and their tensors alone.
 
+A reloaded model is the saved one in everything training starts from, too: which parameters are frozen is kept.
+
 The tensors are safetensors; the JSON holds their hash, so that two files of different saves cannot be taken for one.
 """
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from recollect.continual.adapters.attach import (
+    adapter_parameters,
     adapter_state_dict,
     adapters,
     attach,
@@ -27,7 +30,7 @@ from recollect.io import atomic_open, read_json, sha256_file, write_json
 
 CONFIG_FILE = "recollect_adapter.json"
 WEIGHTS_FILE = "recollect_adapter.safetensors"
-FORMAT = 1
+FORMAT = 2
 _FINGERPRINT_VALUES = 1024  # of each tensor, evenly spaced
 
 
@@ -77,6 +80,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
             "options": config_to_dict(config),
             "generations": sizes,
             "open_generations": n_open,
+            "trained": [name for name, one in adapter_parameters(model).items() if one.requires_grad],
             "base": {"name": _name(model), "fingerprint": base_fingerprint(model)},
             "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
         },
@@ -85,7 +89,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
 
 
 def from_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapters saved in `folder` on the bare `model`, in place; its logits are those of the saved one.
+    """Put the adapters saved in `folder` on the bare `model`, in place; its logits are those of the saved one,
+    and the same parameters require gradients.
 
     Raises:
         InputError: a file is missing, torn or of another save; the adapters belong to another base (both are named).
@@ -115,15 +120,18 @@ def from_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
         add_generation(model, experts)
     open_experts(model, saved["open_generations"])
     load_adapter_state_dict(model, tensors)
+    trained = set(saved["trained"])
+    for name, parameter in adapter_parameters(model).items():
+        parameter.requires_grad_(name in trained)
     return model
 
 
 def _check_saved(saved: Any, path: Path) -> None:
-    wanted = ("format", "kind", "options", "generations", "open_generations", "base", "weights_sha256")
+    wanted = ("format", "kind", "options", "generations", "open_generations", "trained", "base", "weights_sha256")
+    if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{path} has format {saved['format']!r}; this version reads {FORMAT}")
     if not isinstance(saved, dict) or any(key not in saved for key in wanted):
         raise InputError(f"{path} does not describe saved adapters; it must hold {', '.join(wanted)}")
-    if saved["format"] != FORMAT:
-        raise InputError(f"{path} has format {saved['format']!r}; this version reads {FORMAT}")
 
 
 def _name(model: nn.Module) -> str:

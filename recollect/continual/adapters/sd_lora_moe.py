@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recollect.continual.adapters.complement import ROUNDING, WEAK, ComplementBank, factored_svd, orthonormal
-from recollect.continual.adapters.config import MoELoraConfig, SDLoraMoEConfig
+from recollect.continual.adapters.config import MoELoraConfig, SDLoraMoEConfig, largest_common_rank
 from recollect.continual.adapters.routing import MaskHolder, Router, Routing
 from recollect.continual.adapters.wrapped import AdapterLinear
 from recollect.errors import ConfigError
@@ -60,6 +60,7 @@ class SDLoraMoELinear(AdapterLinear):
         frozen_A (f, d_in), frozen_B (f, d_out): buffers; rows of frozen_A are orthonormal.
         frozen_left (d_out, f): buffer, output directions the experts avoided when the pair was frozen.
         steps: buffer, optimiser steps seen.
+        largest_rank: of common adapter and frozen pair together.
 
     Raises:
         ConfigError: the common rank leaves an expert's slice or the output no room, or the config is of another method.
@@ -85,11 +86,13 @@ class SDLoraMoELinear(AdapterLinear):
         super().__init__(base, config, name=name, mask=mask, router=router)
         self.options = config
         smallest = min(self.in_features // config.heads, self.out_features)
-        if config.common_rank_max >= smallest:
+        if (config.common_rank_max or config.common_rank) >= smallest:
+            which = "common_rank" if config.common_rank_max is None else "common_rank_max"
             raise ConfigError(
-                f"common_rank_max must be below {smallest} in {name} (the width of an expert's slice or output), "
-                f"got {config.common_rank_max!r}; lower it or use fewer heads"
+                f"{which} must be below {smallest} in {name} (the width of an expert's slice or output), "
+                f"got {getattr(config, which)!r}; lower it or use fewer heads"
             )
+        self.largest_rank = largest_common_rank(config, self.in_features, self.out_features)
         device, rank = base.weight.device, config.common_rank
         self.bank = ComplementBank(
             config.heads,
@@ -168,12 +171,12 @@ class SDLoraMoELinear(AdapterLinear):
 
         The common adapter joins the frozen pair and a new one begins (A random outside of everything learnt, B zero);
         then the `absorb_rank` strongest directions of the experts' gate-weighted mean update move from the experts into
-        the frozen pair.  Frozen rows never change again.  The rank of both pairs stays within `common_rank_max`: where
+        the frozen pair.  Frozen rows never change again.  The rank of both pairs stays within `largest_rank`: where
         it leaves no room the common adapter stays trainable and fewer directions move.
         """
         self.refresh()
         rank = self.options.common_rank
-        room = self.options.common_rank_max - rank - len(self.frozen_A)
+        room = self.largest_rank - rank - len(self.frozen_A)
         froze = room >= rank
         if froze:
             rows, mix = torch.linalg.qr(self.common_A.T)  # A_c = mixᵀ·rowsᵀ
@@ -208,7 +211,10 @@ class SDLoraMoELinear(AdapterLinear):
 
     @torch.no_grad()
     def leak(self) -> tuple[float, float]:
-        """Largest share of a stored expert's factors inside the common directions, (B along U, A along V)."""
+        """Largest share of a stored expert's factors inside the common directions, (B along U, A along V).
+
+        Experts that were frozen before the common adapter moved on are counted too, and may lie inside of it.
+        """
         shares = [0.0, 0.0]
         for number in range(self.bank.n_open):
             for side, (factor, outside) in enumerate(

@@ -81,11 +81,14 @@ class AdapterLinear(nn.Module):
         """What the router decided in the last pass; None before one, or without a router."""
         return None if self.router is None else self.router.last_routing
 
-    def route(self, x: Tensor) -> Routing | None:
-        """The routing of x (…, d): by the own router, or what the shared one decided for these tokens."""
+    def route(self, x: Tensor, rows: Tensor | None = None) -> Routing | None:
+        """The routing of x (…, d): by the own router, or what the shared one decided for these tokens.
+
+        rows: for the own router, see `Router.forward`.
+        """
         if self._shared:
             return self._shared[0].last_routing
-        return None if self.router is None else self.router(x)
+        return None if self.router is None else self.router(x, rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, d) to (…, d_out)."""
@@ -94,8 +97,9 @@ class AdapterLinear(nn.Module):
 
     def add_delta(self, output: Tensor, x: Tensor) -> Tensor:
         """The output (…, d_out) of the frozen linear plus what the experts add for x (…, d)."""
-        routing = self.route(x)
         dropped = functional.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+        own = None if self._shared or dropped is not x else self.router
+        routing = self.route(x, None if own is None else self.bank.rows_beside(own, x))
         flat = self.bank(dropped.flatten(0, -2), routing, self.scaling, output.flatten(0, -2))
         return flat.view(output.shape)
 

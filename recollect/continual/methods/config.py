@@ -140,6 +140,24 @@ class ExpertsConfig(MethodConfig):
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
 
 
+@dataclass(frozen=True)
+class SAPTConfig(MethodConfig):
+    """SAPT: a block per task, mixed by the attention of a prompt over the tasks' keys."""
+
+    attention: float = 1.0
+    """Coefficient of the KL term that keeps the attention of earlier tasks."""
+    pseudo_samples: int = 64
+    """Pseudo-samples of each earlier task behind that term."""
+    statistics_batches: int = 16
+    """Batches of a task behind its key's start and its pseudo-samples."""
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "attention")
+        for name in ("pseudo_samples", "statistics_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+
 def _not_negative(config: MethodConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

@@ -3,7 +3,7 @@
 grow=K: from the second task on, K new experts per bank and the routers are trained and older experts frozen.
 router_replay=ρ: after a task, all experts are frozen and the routers alone are trained on a share ρ of every task seen,
 the present one included.  update_gate="usage": see `adapters.usage_gate`.  SD-LoRA-MoE keeps its split after every step
-and absorbs what the experts share after every task.
+and absorbs what the experts share after every task, before a router replay: what is frozen there stays as it is.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class RoutedExperts(ContinualMethod):
         self.options = config
         self.gate: UsageGate | None = None
         self.gating = False
+        self._has_absorbed = False
         self._facts: dict[str, Any] = {}
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -62,9 +63,11 @@ class RoutedExperts(ContinualMethod):
     def phases(self, task: Task, model: nn.Module) -> Iterator[Phase]:
         """The task, then the routers alone on replayed data of every task seen."""
         self.gating = self.gate is not None
+        self._has_absorbed = False
         yield Phase("train", task.batches, task.epochs)
         self.gating = False
         if self.adapter.router_replay and task.index:
+            self._absorb(model)
             train_routers_only(model)
             kept = kept_batches(task.memory, range(task.index + 1), self.adapter.router_replay)
             seed, epochs = self.options.seed, self.options.replay_epochs
@@ -87,12 +90,8 @@ class RoutedExperts(ContinualMethod):
         if self.gate is not None:
             self._observe(task, model)
             self.gate.finish()
-        if self.adapter.kind == "sd_lora_moe":
-            from recollect.continual.adapters.sd_lora_moe import absorb_shared
-
-            absorbed = absorb_shared(model).values()
-            self._facts["absorbed_directions"] = sum(layer.directions for layer in absorbed)
-            self._facts["frozen_rank"] = max(layer.frozen_rank for layer in absorbed)
+        if not self._has_absorbed:
+            self._absorb(model)
         super().after_task(task, model)
 
     def facts(self) -> dict[str, Any]:
@@ -104,6 +103,17 @@ class RoutedExperts(ContinualMethod):
     def load_own_state(self, model: nn.Module, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if self.gate is not None:
             self.gate.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def _absorb(self, model: nn.Module) -> None:
+        """Move what the trained experts share into the frozen pairs (SD-LoRA-MoE)."""
+        if self.adapter.kind != "sd_lora_moe":
+            return
+        from recollect.continual.adapters.sd_lora_moe import absorb_shared
+
+        absorbed = absorb_shared(model).values()
+        self._facts["absorbed_directions"] = sum(layer.directions for layer in absorbed)
+        self._facts["frozen_rank"] = max(layer.frozen_rank for layer in absorbed)
+        self._has_absorbed = True
 
     def _observe(self, task: Task, model: nn.Module) -> None:
         """Passes over the task's first batches, whose choices the gate counts; nothing else changes."""

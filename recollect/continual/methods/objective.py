@@ -1,7 +1,8 @@
 """The loss every method shares: cross-entropy of the supervised tokens, computed on the positions that need it.
 
 Rows are padded on the left and answers stand at their ends, so only the last positions go through the vocabulary's
-matrix, which is much of a small model's cost.
+matrix, which is much of a small model's cost.  A model prepared by `recollect.continual.joined_rows` gets the rows
+without padding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recollect.continual.joined_rows import are_joined, joined_lengths, mixed_products
 from recollect.errors import InputError
 
 NO_LOSS = -100
@@ -32,18 +34,47 @@ def supervised_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, 
     Raises:
         InputError: no token of the batch is supervised.
     """
+    if are_joined(model):
+        return _joined_logits(model, batch)
     labels = batch["labels"][:, 1:]  # nothing predicts a row's first token
     wanted = labels != NO_LOSS
+    if "attention_mask" in batch:
+        wanted = wanted & batch["attention_mask"][:, :-1].bool()  # nor does padding predict it
     columns = wanted.any(0).nonzero()
     if len(columns) == 0:
-        raise InputError(
-            f"no token of a batch of shape {tuple(batch['labels'].shape)} is supervised: every label is {NO_LOSS}"
-        )
+        raise _unsupervised(batch)
     first = int(columns[0])
     kept = labels.shape[1] - first
-    logits = model(**model_inputs(batch), logits_to_keep=kept + 1, use_cache=False).logits[:, -kept - 1 : -1]
+    with mixed_products(model):
+        logits = model(**model_inputs(batch), logits_to_keep=kept + 1, use_cache=False).logits[:, -kept - 1 : -1]
     wanted = wanted[:, first:]
     return logits[wanted].float(), labels[:, first:][wanted]
+
+
+def _joined_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`supervised_logits` without padding: the rows are read as one, and supervised positions alone get logits."""
+    real = batch["attention_mask"].bool()
+    lengths = real.sum(1)
+    labels = batch["labels"][real].clone()
+    labels[lengths.cumsum(0) - lengths] = NO_LOSS  # nothing predicts a row's first token
+    places = (labels != NO_LOSS).nonzero()[:, 0]
+    if len(places) == 0:
+        raise _unsupervised(batch)
+    with mixed_products(model):
+        logits = model(
+            input_ids=batch["input_ids"][real][None],
+            position_ids=batch["position_ids"][real][None],
+            attention_mask=joined_lengths(lengths),
+            logits_to_keep=places - 1,
+            use_cache=False,
+        ).logits[0]
+    return logits.float(), labels[places]
+
+
+def _unsupervised(batch: Batch) -> InputError:
+    return InputError(
+        f"no token of a batch of shape {tuple(batch['labels'].shape)} is supervised: every label is {NO_LOSS}"
+    )
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -87,7 +118,8 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 @torch.no_grad()
 def pass_over(model: nn.Module, batch: Batch) -> None:
     """One pass for the sake of what hooks and routers see; one position goes through the vocabulary."""
-    model(**model_inputs(on_device_of(model, batch)), logits_to_keep=1, use_cache=False)
+    with mixed_products(model):
+        model(**model_inputs(on_device_of(model, batch)), logits_to_keep=1, use_cache=False)
 
 
 def mean_gradient(model: nn.Module, batches: Sequence[Batch], parameters: list[nn.Parameter]) -> list[Tensor]:

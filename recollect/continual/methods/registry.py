@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from recollect.config import build
 from recollect.continual.adapters.config import CONFIGS, MoELoraConfig
@@ -24,7 +24,8 @@ class MethodSpec:
     class_home: "module:name" below `recollect.continual.methods`.  config_class, adapter_class: dataclasses of its
     options and its adapters' options.  defaults, adapter_defaults: options that make it what its name says.
     is_joint: all tasks are given to it at once, as one.  needs_task: it must be told the task at test time.
-    keeps_data: it reads samples of earlier tasks.
+    keeps_data: it reads samples of earlier tasks.  per_task: what it adds for every task after the first, beside the
+    adapters' `grow`: nothing, a pair, or a copy of all adapters.  has_adapters: False where it tunes the weights.
     """
 
     name: str
@@ -37,6 +38,8 @@ class MethodSpec:
     is_joint: bool = False
     needs_task: bool = False
     keeps_data: bool = False
+    per_task: Literal["nothing", "pair", "copy"] = "nothing"
+    has_adapters: bool = True
 
     def options(self, values: Mapping[str, Any], source: str) -> MethodConfig:
         """Its config from `values` over the defaults.
@@ -84,6 +87,7 @@ _SPECS = (
         "a pair per task, orthogonal to the earlier ones",
         configs.OLoraConfig,
         adapter_defaults={"alpha": 32.0, "dropout": 0.1},
+        per_task="pair",
     ),
     MethodSpec("ewc", "ewc:EWC", "a quadratic pull to where earlier tasks ended", configs.EWCConfig),
     MethodSpec(
@@ -101,6 +105,7 @@ _SPECS = (
         "inflora:InfLora",
         "a pair per task that reads only directions unused so far",
         configs.InfLoraConfig,
+        per_task="pair",
     ),
     _experts("loramoe", _LORAMOE, "routed experts over whole inputs, top-1 (4 of rank 8)", adapter_defaults=_SPARSE),
     _experts("loramoe-dense", _LORAMOE, "the dense gate of the released LoRAMoE (8 of rank 4)"),
@@ -111,8 +116,16 @@ _SPECS = (
         "moelora",
         "moelora:MOELora",
         "experts mixed by a gate that reads the task",
-        adapter_class=_LORAMOE,
+        adapter_class=CONFIGS["moelora"],
         needs_task=True,
+    ),
+    MethodSpec(
+        "sapt",
+        "sapt:SAPT",
+        "a LoRA block per task, mixed by the prompt's attention over the tasks' keys",
+        configs.SAPTConfig,
+        CONFIGS["sapt"],
+        per_task="pair",
     ),
     _experts("mixlora", CONFIGS["mixlora"], "whole FFNs with their own updates as experts, top-2"),
     _experts(
@@ -135,9 +148,18 @@ _SPECS = (
         "MH-MoE whose experts move as far as the new task uses them more than the old ones did",
         adapter_defaults={"update_gate": "usage"},
     ),
-    MethodSpec("osf", "osf:OSF", "the weights' weakest singular directions (PEFT's implementation; no adapters)"),
     MethodSpec(
-        "per-task", "bounds:PerTask", "separate adapters per task, told which it is: the ceiling", needs_task=True
+        "osf",
+        "osf:OSF",
+        "the weights' weakest singular directions (PEFT's implementation; no adapters)",
+        has_adapters=False,
+    ),
+    MethodSpec(
+        "per-task",
+        "bounds:PerTask",
+        "separate adapters per task, told which it is: the ceiling",
+        needs_task=True,
+        per_task="copy",
     ),
     MethodSpec("joint", "seq_lora:SeqLora", "all tasks at once", is_joint=True, keeps_data=True),
 )

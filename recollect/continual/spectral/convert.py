@@ -88,7 +88,7 @@ class SpectralExperts(nn.Module):
         up = self.linear("up_proj").expert_outputs(hidden_states, grouping, shared_input=True)
         inner = self.act_fn(gate) * up  # (S, I)
         each = self.linear("down_proj").expert_outputs(inner, grouping, shared_input=False)  # (S, H)
-        by_slot = each[grouping.place].view(*top_k_index.shape, each.shape[1])
+        by_slot = each.index_select(0, grouping.place).view(*top_k_index.shape, each.shape[1])
         return (by_slot * top_k_weights[..., None].to(each.dtype)).sum(1).to(hidden_states.dtype)
 
     @torch.no_grad()

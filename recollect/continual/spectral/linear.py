@@ -229,10 +229,11 @@ class SpectralDecoupledLinear(nn.Module):
         grouping = group_by_expert(selected, self.n_experts)
         gates = gates.to(x.dtype)
         if self._merges(len(x)):
-            each = grouped_linear(x[grouping.token], self.effective(grouping.counts), grouping)
+            each = grouped_linear(x.index_select(0, grouping.token), self.effective(grouping.counts), grouping)
             return _mixed(each, gates, grouping)
         common = functional.linear(x, self._common().to(x.dtype))  # (N, m), once per token
-        return gates.sum(1, keepdim=True) * common + _mixed(self._own(x[grouping.token], grouping), gates, grouping)
+        own = self._own(x.index_select(0, grouping.token), grouping)
+        return gates.sum(1, keepdim=True) * common + _mixed(own, gates, grouping)
 
     def expert_outputs(self, x: Tensor, grouping: Grouping, *, shared_input: bool) -> Tensor:
         """Each expert's output for each of its rows, before any mixing: what a gated FFN needs.
@@ -243,11 +244,11 @@ class SpectralDecoupledLinear(nn.Module):
         Returns:
             (S, m) in the sorted order of `grouping`.
         """
-        rows = x[grouping.token] if shared_input else x
+        rows = x.index_select(0, grouping.token) if shared_input else x
         if self._merges(len(x)):
             return grouped_linear(rows, self.effective(grouping.counts), grouping)
         common = functional.linear(x, self._common().to(x.dtype))
-        return self._own(rows, grouping) + (common[grouping.token] if shared_input else common)
+        return self._own(rows, grouping) + (common.index_select(0, grouping.token) if shared_input else common)
 
     def effective(self, counts: Tensor | None = None) -> Tensor:
         """(E, m, n) the experts as they act, differentiable; gradients are projected as `project` says.
@@ -294,8 +295,8 @@ class SpectralDecoupledLinear(nn.Module):
             raise ConfigError("call before_step before the optimiser's step and after_step after it")
         before, self._before = self._before, None
         if self.project != "grad":
-            change = common_part(self.common - before, self.basis)
-            self.common.copy_(before + self.common_rate * change)
+            change = common_part(self.common.sub_(before), self.basis)
+            self.common.copy_(before.add_(change, alpha=self.common_rate))
             if self.unique.requires_grad:
                 project_unique_(self.unique, self.basis)
         elif self.common_rate != 1:
@@ -393,7 +394,7 @@ class _ProjectedGradient(torch.autograd.Function):
 
 def _mixed(each: Tensor, gates: Tensor, grouping: Grouping) -> Tensor:
     """(S, m) sorted outputs and (N, K) gates -> (N, m)."""
-    return (each[grouping.place].view(*gates.shape, each.shape[1]) * gates[..., None]).sum(1)
+    return (each.index_select(0, grouping.place).view(*gates.shape, each.shape[1]) * gates[..., None]).sum(1)
 
 
 def _project_first_moment(

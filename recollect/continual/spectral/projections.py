@@ -54,11 +54,8 @@ def working(matrix: Tensor) -> Tensor:
 def common_part(matrix: Tensor, basis: Basis) -> Tensor:
     """P_U M + (I - P_U) M P_V of (m, n) or (E, m, n)."""
     exact = working(matrix)
-    left, right = basis.left.to(exact.dtype), basis.right.to(exact.dtype)
-    rows = left.T @ exact  # (..., k, n)
-    columns = exact @ right  # (..., m, k)
-    columns = columns - left @ (rows @ right)
-    return (left @ rows + columns @ right.T).to(matrix.dtype)
+    outer, inner = _common_factors(exact if exact.dim() == 3 else exact.unsqueeze(0), basis)
+    return torch.bmm(outer, inner).view(exact.shape).to(matrix.dtype)
 
 
 def unique_part(matrix: Tensor, basis: Basis) -> Tensor:
@@ -69,18 +66,21 @@ def unique_part(matrix: Tensor, basis: Basis) -> Tensor:
 def project_unique_(matrix: Tensor, basis: Basis) -> Tensor:
     """`unique_part` written over `matrix` (m, n) or (E, m, n), which is returned; nothing else of that size is made."""
     exact = working(matrix)
-    left, right = basis.left.to(exact.dtype), basis.right.to(exact.dtype)
     stack = exact if exact.dim() == 3 else exact.unsqueeze(0)
-    if left.shape[1] and stack.shape[0]:
-        n_matrices = stack.shape[0]
-        rows, columns = left.T @ stack, stack @ right  # (E, k, n), (E, m, k)
-        columns = columns - left @ (rows @ right)
-        outer = torch.cat([left.expand(n_matrices, -1, -1), columns], dim=2)
-        inner = torch.cat([rows, right.T.expand(n_matrices, -1, -1)], dim=1)
-        stack.baddbmm_(outer, inner, alpha=-1)  # the common part, taken away in one pass over the weights
+    if basis.left.shape[1] and stack.shape[0]:
+        stack.baddbmm_(*_common_factors(stack, basis), alpha=-1)  # taken away in one pass over the weights
     if exact is not matrix:
         matrix.copy_(exact)
     return matrix
+
+
+def _common_factors(stack: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Factors (E, m, 2k) and (E, 2k, n) whose product is the common part of a stack (E, m, n)."""
+    left, right = basis.left.to(stack.dtype), basis.right.to(stack.dtype)
+    rows, columns = left.T @ stack, stack @ right  # (E, k, n), (E, m, k)
+    columns = columns - left @ (rows @ right)
+    outer = torch.cat([left.expand(len(stack), -1, -1), columns], dim=2)
+    return outer, torch.cat([rows, right.T.expand(len(stack), -1, -1)], dim=1)
 
 
 def complement_leak(unique: Tensor, basis: Basis) -> tuple[float, float]:

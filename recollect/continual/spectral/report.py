@@ -269,7 +269,8 @@ def _routers(
     if given is None and isinstance(layer, AdapterLinear):
         if layer.router is None:
             return {}
-        return {f"slice_{number}": rows for number, rows in enumerate(layer.router.weight().detach())}
+        slices = {f"slice_{number}": rows for number, rows in enumerate(layer.router.weight().detach())}
+        return {name: rows for name, rows in slices.items() if rows.shape[1] == stacks[name].shape[2]}
     weight = getattr(getattr(layer, "gate", None), "weight", None) if given is None else given
     if not isinstance(weight, Tensor):
         return {}

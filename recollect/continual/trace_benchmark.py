@@ -1,0 +1,169 @@
+"""TRACE as a benchmark of a run: task folders, answers in words, the metrics of each task, its trivial floors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recollect.backbones.resolve import decoder_folder
+from recollect.continual.benchmark import Examination, OpenedLearner
+from recollect.continual.examples import Example, Lengths
+from recollect.continual.learner import Generation, Learner, open_learner, open_tokens
+from recollect.continual.report_panels import data_panel, task_panel
+from recollect.continual.run_config import ContinualConfig
+from recollect.continual.task_stream import TaskRows, encode_rows, task_rows
+from recollect.continual.trace_data import TraceData, TraceRecord, leak_key, load_replay_buffer, load_trace
+from recollect.continual.trace_floors import trace_floors
+from recollect.continual.trace_scores import score_task
+from recollect.continual.trace_tasks import LIMA
+from recollect.io import canonical_json, sha256_text
+from recollect.rng import stream
+from recollect.types import Report
+
+GENERAL_PER_TRAINING = 1030 / 5000  # rows of Lima beside the rows of a task in the benchmark's largest variant
+
+
+class TraceBenchmark:
+    """See `recollect.continual.benchmark.Benchmark`.
+
+    Raises:
+        InputError: bad data.  ModelFileError: the decoder cannot be had.
+    """
+
+    loss_label = "nats per answer token"
+
+    def __init__(self, config: ContinualConfig, *, replays: bool) -> None:
+        self.config = config
+        self.data: dict[str, TraceData] = load_trace(
+            config.data,
+            config.tasks,
+            clean=config.mode == "clean",
+            train_examples=config.train_examples,
+            test_examples=config.test_examples,
+            seed=config.seed,
+        )
+        self.names = tuple(self.data)
+        self.lengths = Lengths(config.max_prompt, config.max_answer, config.truncation)
+        self.folder: Path = decoder_folder(config.backbone)
+        self.tokens = open_tokens(self.folder, config.template, self.lengths)
+        self.general = _general(config) if replays else ()
+        self.floors = trace_floors(self.data)
+
+    @property
+    def pad_id(self) -> int:
+        """Of the model's tokenizer."""
+        return self.tokens.pad_id
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every record that is read, in order."""
+        parts = [
+            [name, split, [record[:2] for record in getattr(one, split)]]
+            for name, one in self.data.items()
+            for split in ("train", "test")
+        ]
+        return sha256_text(canonical_json([*parts, [record[:2] for record in self.general]]))
+
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """{task: (training rows, epochs, test examples)}."""
+        return {
+            name: (len(one.train), self.config.epochs or one.task.epochs_lora, len(one.test))
+            for name, one in self.data.items()
+        }
+
+    def training_rows(self, after_task: Callable[[], None]) -> list[TaskRows]:
+        """The rows of every task, in order."""
+        return task_rows(
+            self.data,
+            self.tokens,
+            self.lengths,
+            epochs=self.config.epochs,
+            loss_on=self.config.loss_on,
+            after_task=after_task,
+        )
+
+    def token_text(self, token: int) -> str:
+        """Of the model's tokenizer."""
+        return str(self.tokens.tokenizer.decode([token]))
+
+    def general_rows(self) -> Sequence[Example]:
+        """Instructions of Lima."""
+        return encode_rows(LIMA, self.general, self.tokens, self.lengths, "answer")
+
+    def open_learner(self) -> Learner:
+        """The bare decoder."""
+        return open_learner(self.folder, self.tokens, self.lengths, self.config.precision)
+
+    def examine(
+        self, learner: OpenedLearner, task: str, how: Generation, after_batch: Callable[[int], None]
+    ) -> Examination:
+        """Generate an answer to every test prompt and score them."""
+        assert isinstance(learner, Learner)
+        one = self.data[task]
+        predictions = learner.answers(one.task, one.test, how, after_batch=after_batch)
+        scores = score_task(
+            one.task,
+            one.test,
+            predictions,
+            similarity_backend=self.config.similarity_backend,
+            sari_source=self.config.sari_source,
+        )
+        return Examination(one.test, predictions, scores)
+
+    def clusters(self) -> dict[str, np.ndarray]:
+        """Rows of one prompt move together."""
+        return {name: _prompt_labels(one) for name, one in self.data.items()}
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What each task's files hold."""
+        return {name: one.facts.to_json() for name, one in self.data.items()}
+
+    def protocol(self) -> dict[str, Any]:
+        """How the tasks were made and scored."""
+        config = self.config
+        return {
+            "mode": config.mode,
+            "tasks": list(self.names),
+            "backbone": config.backbone,
+            "evaluation": config.evaluation,
+            "answers": "greedy" if not config.temperature else f"sampled at temperature {config.temperature:g}",
+            "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
+            "loss_on": config.loss_on,
+            "optimiser": "AdamW, anew for each task (the benchmark's own LoRA run keeps its state)",
+        }
+
+    def warnings(self) -> list[str]:
+        """Leaks of the official files."""
+        leaking = {name: one.facts.test_in_train for name, one in self.data.items() if one.facts.test_in_train}
+        if self.config.mode != "official" or not leaking:
+            return []
+        listed = ", ".join(f"{name} {count}" for name, count in leaking.items())
+        return [f"test prompts that training holds, too: {listed}; --mode clean leaves them out of training"]
+
+    def task_panel(self, report: Report, method: str) -> dict[str, Any]:
+        """See `report_panels.task_panel`."""
+        return task_panel(report, method)
+
+    def data_panels(self, report: Report) -> list[dict[str, Any]]:
+        """See `report_panels.data_panel`."""
+        return [data_panel(report)]
+
+
+def _general(config: ContinualConfig) -> tuple[TraceRecord, ...]:
+    """Instructions of no task, where the folder has them."""
+    wanted = config.general_examples
+    if wanted == 0 or not (Path(config.data) / "Lima" / "train.json").is_file():
+        return ()
+    records = load_replay_buffer(config.data)
+    if wanted is None:
+        wanted = round(GENERAL_PER_TRAINING * config.train_examples) or len(records)
+    chosen = stream(config.seed, "general subset").permutation(len(records))[:wanted]
+    return tuple(records[at] for at in sorted(chosen.tolist()))
+
+
+def _prompt_labels(one: TraceData) -> np.ndarray:
+    """(n,) a number per test example, equal where prompts are."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(leak_key(record.prompt), len(known)) for record in one.test])
