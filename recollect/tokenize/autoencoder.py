@@ -42,6 +42,7 @@ from recollect.tokenize.training_rows import Batch, StepsOf, TrainingRound, Trai
 
 BLOCK_CELLS = 2**21  # distances held at a time when encoding (16 MiB of float64)
 BLOCK_ROWS = 8192  # items encoded or decoded at a time, at most
+SETTLED = 0.01  # share by which the loss may still fall from the last round but one to the last
 HEALTHY_USE = 0.8  # share of used codes below which TIGER's authors call a codebook unhealthy
 
 
@@ -262,6 +263,11 @@ class AutoencoderTokenizer(ItemTokenizer):
             start = stop
         reseeded, total = module.quantiser.reseeded, moments.total_variance()
         report = FitReport()
+        if len(losses) > 1 and losses[-1] < (1 - SETTLED) * losses[-2]:
+            report.warnings.append(
+                f"the loss of {self.name} still fell by {1 - losses[-1] / losses[-2]:.1%} in its last round of steps; "
+                "raise steps before comparing it"
+            )
         for level, seen in enumerate(used):
             n_used = int(seen.sum())
             report.levels.append(

@@ -24,7 +24,7 @@ from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.tokenize.bench_generative import generative_units, is_generated, run_generator
-from recollect.tokenize.bench_panels import AUC, RELATIVE
+from recollect.tokenize.bench_panels import judging_metric
 from recollect.tokenize.bench_report import make_report
 from recollect.tokenize.bench_units import CODES_FILE, Unit, is_finished, make_units, run_unit
 from recollect.tokenize.downstream_cases import CaseSets, make_cases
@@ -118,9 +118,12 @@ def _cases(items: Items, config: BenchConfig) -> CaseSets | None:
 
 
 def judged(report: Report, items: Items, units: Sequence[Unit], config: BenchConfig, out: Path) -> list[dict[str, Any]]:
-    """Usage, map and collisions of the first seed of two rows: the one compared with and the best of the others."""
+    """Usage, map and collisions of the first seed of two rows: the one compared with and the best of the others.
+
+    Best is by `judging_metric`, so on validation where there is one.
+    """
     models = report.sections["models"]
-    metric, sign = (AUC, 1.0) if any(AUC in table for table in models.values()) else (RELATIVE, -1.0)
+    metric, _, sign = judging_metric(models)
     ranked = sorted(
         (label for label in models if metric in models[label] and label != config.against),
         key=lambda label: -sign * models[label][metric]["value"],

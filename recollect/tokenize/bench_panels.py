@@ -7,19 +7,16 @@ from typing import Any
 
 from recollect.eval.formats import number
 from recollect.tokenize.bench_generative import COVERAGE, NDCG, REFERENCE, SHOWN
+from recollect.tokenize.bench_level_panels import DIGITS, RELATIVE, alignment, cell, depths, usage
 from recollect.tokenize.run_config import BenchConfig
 from recollect.types import Report
 
-DIGITS = 4
-COARSE = {"max_group": 1, "fit_seconds": 2, "encode_items_per_s": 0, "peak_mb": 1}
-SERIES = 5
-"""Lines of a plot that can be told apart by colour."""
-
-AUC, WITHIN = "downstream/auc", "downstream/auc_within_users"
-RELATIVE = "reconstruction/relative_mse"
+COARSE = {"max_group": 1, "fit_seconds": 2, "encode_items_per_s": 0}
+AUC, WITHIN, VALID_AUC = "downstream/auc", "downstream/auc_within_users", "downstream/valid_auc"
+VALID_NDCG = "generative/valid_ndcg@10"
 
 _ERRORS = (
-    ("relative squared error", RELATIVE),
+    ("relative squared error", RELATIVE),  # read as `error_name` says
     ("RMSE", "reconstruction/rmse"),
     ("cosine", "reconstruction/cosine"),
     ("kNN overlap@10", "knn_overlap@10"),
@@ -37,56 +34,86 @@ _SHARING = (
 _COSTS = (
     ("fit (s)", "fit_seconds"),
     ("encoded items per second", "encode_items_per_s"),
-    ("peak memory above start (MiB)", "peak_mb"),
 )
+_STUDENT = "Means over seeds with Student's 95 % intervals; a dash where a method has no such number."
+_NOTES = {
+    "error": (
+        " Codes look better on items they were fitted on than on new ones, large codebooks most. Successive items are "
+        "of training events, so popular ones count more; random pairs are of two items, all alike."
+    ),
+    "cost": (
+        " Peak memory is not here, for a process uses the pages of the row before again; benchmarks/semantic_ids.py "
+        "measures it in processes of their own."
+    ),
+}
 
 
 def all_panels(report: Report, config: BenchConfig) -> list[dict[str, Any]]:
     """Every panel, in reading order."""
     models = report.sections["models"]
-    shown = [headline(report)]
-    shown += metric_table(report, "Reconstruction and neighbours", _ERRORS, terminal=True)
+    everything = models | report.sections["floors"]
+    error = error_name(config)
+    errors = [(error if metric == RELATIVE else name, metric) for name, metric in _ERRORS]
+    over = intervals_over(config)
+    shown = [headline(report, config)]
+    shown += metric_table(report, "Reconstruction and neighbours", errors, _NOTES["error"], terminal=True)
     if any(AUC in table for table in models.values()):
-        shown += [click_table(report), forest(models | report.sections["floors"], AUC, "AUC of the click model")]
+        shown += [click_table(report, over), forest(everything, AUC, f"AUC of the click model, interval {over}")]
     if report.sections["generative"]:
-        shown += generative_panels(report.sections["generative"], models | report.sections["floors"])
-    shown += differences(report)
+        shown += generative_panels(report.sections["generative"], everything, over)
+    shown += differences(report, over)
     if any(RELATIVE in table for table in models.values()):
         reconstructing = {label: table for label, table in models.items() if RELATIVE in table}
-        shown += [forest(reconstructing, RELATIVE, "Relative squared error"), *depths(report)]
+        shown += [forest(reconstructing, RELATIVE, error.capitalize()), *depths(report)]
     shown += metric_table(report, "How many items share a code", _SHARING, terminal=True)
-    shown += usage(report, config)
-    shown += metric_table(report, "Cost", _COSTS)
+    shown += [*usage(report, config), *alignment(report)]
+    shown += metric_table(report, "Cost", _COSTS, _NOTES["cost"])
     return shown
 
 
-def _cell(found: Mapping[str, Any] | None, digits: int = DIGITS) -> dict[str, Any]:
-    if found is None:
-        return {"value": None}
-    return {"value": found["value"], "ci95": found.get("ci95"), "digits": digits}
+def error_name(config: BenchConfig) -> str:
+    """The relative squared error, with the items it is of."""
+    return f"relative squared error of {'fitted and cold' if config.hold_out_cold else 'the fitted'} items"
 
 
-def headline(report: Report) -> dict[str, Any]:
-    """The best row on the click model (else on error) and what is known of its distance to the row compared with."""
+def intervals_over(config: BenchConfig) -> str:
+    """What the intervals of a metric per seed and user are over."""
+    return "over users and seeds" if config.seeds > 1 else "over users only"
+
+
+def judging_metric(models: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, float]:
+    """By which metric rows are ranked, which one is then shown, and 1 where more is better, else -1.
+
+    Validation where a model was trained on the codes, so that test users have no part in the choice.
+    """
+    for chosen_by, shown in ((VALID_AUC, AUC), (VALID_NDCG, NDCG)):
+        if any(chosen_by in table for table in models.values()):
+            return chosen_by, shown, 1.0
+    return RELATIVE, RELATIVE, -1.0
+
+
+def headline(report: Report, config: BenchConfig) -> dict[str, Any]:
+    """The row that is best on validation (else on error), its test value and its distance to the row compared with."""
     models, against = report.sections["models"], report.sections["against"]
-    metric = AUC if any(AUC in table for table in models.values()) else RELATIVE
-    sign = 1.0 if metric == AUC else -1.0
-    known = {label: table[metric]["value"] for label, table in models.items() if metric in table}
-    name = "AUC of the click model" if metric == AUC else "relative squared error"
+    chosen_by, metric, sign = judging_metric(models)
+    known = {label: table[chosen_by]["value"] for label, table in models.items() if chosen_by in table}
     if not known:
         return {"kind": "text", "title": "In one sentence", "text": "No row has a number to compare.", "terminal": True}
     best = max(known, key=lambda label: sign * known[label])
-    text = f"{best} has the best {name}: {_value(models[best][metric])}."
+    value = _value(models[best][metric])
+    if chosen_by == metric:
+        text = f"{best} has the least {error_name(config)}: {value}."
+    else:
+        name = {AUC: "AUC of the click model", NDCG: "NDCG@10 of the generator"}[metric]
+        text = f"{best} has the best {name} on validation ({number(known[best], DIGITS)}); on test it is {value}."
     row = next(
         (row for row in report.sections["differences"] if row["model"] == best and row["metric"] == metric), None
     )
-    if row is not None:
-        low, high = row["ci95"]
-        is_clear = low is not None and (low > 0 or high < 0)
-        if row["p_holm"] is not None:
-            is_clear = is_clear and row["p_holm"] < 0.05
-        verdict = "a difference beyond chance" if is_clear else "which chance alone could explain"
-        text += f" It differs from {against} by {_value(row)}, {verdict}."
+    if row is not None and row["p_holm"] is None:
+        text += f" It differs from {against} by {_value(row)}, over seeds and not adjusted for the number of rows."
+    elif row is not None:
+        verdict = "a difference beyond chance" if row["p_holm"] < 0.05 else "which chance alone could explain"
+        text += f" It differs from {against} by {_value(row)}, {verdict} (p {number(row['p_holm'], DIGITS)}, Holm)."
     elif best == against:
         text += " It is the row the others are compared with."
     return {"kind": "text", "title": "In one sentence", "text": text, "terminal": True}
@@ -99,26 +126,26 @@ def _value(found: Mapping[str, Any]) -> str:
 
 
 def metric_table(
-    report: Report, title: str, columns: Sequence[tuple[str, str]], *, terminal: bool = False
+    report: Report, title: str, columns: Sequence[tuple[str, str]], note: str = "", *, terminal: bool = False
 ) -> list[dict[str, Any]]:
-    """One line per row of the comparison; only columns some row has."""
+    """One line per row of the comparison; only columns some row has. Starts: the best of so many fits was kept."""
     models, rows = report.sections["models"], report.sections["rows"]
     present = [(name, metric) for name, metric in columns if any(metric in table for table in models.values())]
     if not present:
         return []
-    note = "Means over seeds with Student's 95 % intervals; a dash where a method has no such number."
     return [
         {
             "kind": "table",
             "title": title,
-            "note": note,
-            "columns": ["method", "levels", "bits", *(name for name, _ in present)],
+            "note": _STUDENT + note,
+            "columns": ["method", "levels", "bits", "starts", *(name for name, _ in present)],
             "rows": [
                 [
                     label,
                     _shape(rows[label]["sizes"]),
                     {"value": rows[label]["bits"], "digits": 1},
-                    *(_cell(table.get(metric), COARSE.get(metric, DIGITS)) for _, metric in present),
+                    rows[label]["starts"],
+                    *(cell(table.get(metric), COARSE.get(metric, DIGITS)) for _, metric in present),
                 ]
                 for label, table in models.items()
             ],
@@ -133,7 +160,7 @@ def _shape(sizes: Sequence[int]) -> str:
     return "×".join(map(str, sizes))
 
 
-def click_table(report: Report) -> dict[str, Any]:
+def click_table(report: Report, over: str) -> dict[str, Any]:
     """The click model on every row and on the floors."""
     from recollect.tokenize.bench_units import FLOORS
 
@@ -144,15 +171,25 @@ def click_table(report: Report) -> dict[str, Any]:
         "kind": "table",
         "title": "Codes as features of a click model",
         "note": (
-            "AUC of the next item against items of equal popularity the user never touched; .5 is chance. Intervals "
-            "resample users and seeds. Within users: share of a user's own non-clicks ranked below the click."
+            "AUC of the next item against items of equal popularity the user never touched; .5 is chance. Within "
+            "users: share of a user's own non-clicks ranked below the click. Rows are judged by validation; test is "
+            "shown. Best epochs: where validation was highest."
         ),
-        "columns": ["items seen through", "AUC", "AUC within users", "parameters", "best epochs", ""],
+        "columns": [
+            "items seen through",
+            "AUC on validation",
+            f"AUC, interval {over}",
+            "AUC within users",
+            "parameters",
+            "best epochs",
+            "",
+        ],
         "rows": [
             [
                 label,
-                _cell(table.get(AUC)),
-                _cell(table.get(WITHIN)),
+                cell(table.get(VALID_AUC)),
+                cell(table.get(AUC)),
+                cell(table.get(WITHIN)),
                 rows[label]["probe_parameters"] if label in rows else None,
                 ", ".join(map(str, rows[label]["best_epochs"])) if label in rows else "–",
                 f"floor: {notes[label]}" if label in notes else "",
@@ -164,7 +201,7 @@ def click_table(report: Report) -> dict[str, Any]:
 
 
 def generative_panels(
-    details: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]]
+    details: Mapping[str, Mapping[str, Any]], tables: Mapping[str, Mapping[str, Any]], over: str
 ) -> list[dict[str, Any]]:
     """The table of HR and NDCG, and its plot; `tables` are models and floors together."""
     notes = {
@@ -185,14 +222,15 @@ def generative_panels(
             "title": "Codes written by a small generator",
             "note": (
                 "Every item is a candidate; targets outside the beam count as missed. Masked: items of the history "
-                "cannot be listed. Intervals resample users and seeds. Extra digit: codes of the digit that tells "
-                "colliding items apart, 1 = none was needed. A tuned sequence model is not in this table; "
+                "cannot be listed. Rows are judged by validation, test is shown. Extra digit: codes of the digit that "
+                "tells colliding items apart, 1 = none was needed. A tuned sequence model is not in this table; "
                 "`recollect evaluate` has one."
             ),
             "columns": [
                 "items written as",
+                "NDCG@10 on validation",
                 "HR@10",
-                "NDCG@10",
+                f"NDCG@10, interval {over}",
                 "HR@10, not masked",
                 "NDCG@10, not masked",
                 "coverage@10",
@@ -204,8 +242,9 @@ def generative_panels(
             "rows": [
                 [
                     label,
-                    *(_cell(table.get(metric)) for metric in columns),
-                    _cell(table.get(COVERAGE)),
+                    cell(table.get(VALID_NDCG)),
+                    *(cell(table.get(metric)) for metric in columns),
+                    cell(table.get(COVERAGE)),
                     details[label]["parameters"] if label in details else None,
                     listed(label, "best_epochs"),
                     listed(label, "extra_digits"),
@@ -236,7 +275,7 @@ def forest(tables: Mapping[str, Mapping[str, Any]], metric: str, title: str) -> 
     }
 
 
-def differences(report: Report) -> list[dict[str, Any]]:
+def differences(report: Report, over: str) -> list[dict[str, Any]]:
     """Each row minus the one compared with, paired."""
     found, against = report.sections["differences"], report.sections["against"]
     if not found:
@@ -249,31 +288,31 @@ def differences(report: Report) -> list[dict[str, Any]]:
     for metric, name in of_users.items():
         rows = sorted((row for row in found if row["metric"] == metric), key=lambda row: -row["value"])
         if rows:
-            shown += _of_users(rows, name, against)
+            shown += _of_users(rows, name, against, over)
     if labels:
         of_codes = {
             "kind": "table",
             "title": f"Paired differences from {against}, codes",
-            "note": "Seed by seed, with Student's interval over the seeds.",
+            "note": "Seed by seed, with Student's interval over the seeds, not adjusted for the number of rows.",
             "columns": ["method", *metrics],
-            "rows": [[label, *(_cell(entries.get((label, metric))) for metric in metrics)] for label in labels],
+            "rows": [[label, *(cell(entries.get((label, metric))) for metric in metrics)] for label in labels],
             "terminal": True,
         }
         shown.append(of_codes)
     return shown
 
 
-def _of_users(rows: Sequence[Mapping[str, Any]], name: str, against: str) -> list[dict[str, Any]]:
+def _of_users(rows: Sequence[Mapping[str, Any]], name: str, against: str, over: str) -> list[dict[str, Any]]:
     """Table and plot of paired differences in one metric per user."""
     table = {
         "kind": "table",
         "title": f"Paired differences from {against}, {name}",
         "note": (
-            "The same users and seeds, resampled together; p from sign flips by user on the mean over seeds, "
-            "Holm-adjusted over the rows."
+            "The same users and seeds; p and interval are of one t statistic. p is Holm-adjusted over the rows, the "
+            "intervals are not."
         ),
-        "columns": ["method", "difference", "p (Holm)"],
-        "rows": [[row["model"], _cell(row), {"value": row["p_holm"], "digits": DIGITS}] for row in rows],
+        "columns": ["method", f"difference, interval {over}", "p (Holm)"],
+        "rows": [[row["model"], cell(row), {"value": row["p_holm"], "digits": DIGITS}] for row in rows],
         "terminal": True,
     }
     plot = {
@@ -288,80 +327,3 @@ def _of_users(rows: Sequence[Mapping[str, Any]], name: str, against: str) -> lis
         "digits": DIGITS,
     }
     return [table, plot]
-
-
-def depths(report: Report) -> list[dict[str, Any]]:
-    """Relative squared error after 1, 2, … levels, a line per method whose levels add up."""
-    models = report.sections["models"]
-    deepest = max(len(row["sizes"]) for row in report.sections["rows"].values())
-    keys = [f"{RELATIVE}/level_{level}" for level in range(deepest)]
-    series = {
-        label: [table[key]["value"] if key in table else None for key in keys]
-        for label, table in models.items()
-        if sum(key in table for key in keys) > 1
-    }
-    if not series:
-        return []
-    title = "Relative squared error by number of levels"
-    if len(series) > SERIES:
-        columns = [f"{level} level{'s' if level > 1 else ''}" for level in range(1, deepest + 1)]
-        rows = [[label, *(_cell(models[label].get(key)) for key in keys)] for label in series]
-        return [{"kind": "table", "title": title, "columns": ["method", *columns], "rows": rows}]
-    return [
-        {
-            "kind": "lines",
-            "title": title,
-            "x": list(range(1, deepest + 1)),
-            "series": series,
-            "x_label": "levels",
-            "y_label": "relative squared error",
-        }
-    ]
-
-
-def usage(report: Report, config: BenchConfig) -> list[dict[str, Any]]:
-    """Used codes and perplexity per level."""
-    models, rows = report.sections["models"], report.sections["rows"]
-    deepest = max(len(row["sizes"]) for row in rows.values())
-    measures = (
-        ("utilization", "Codes used, share of K"),
-        ("perplexity", "Perplexity of the codes, share of K"),
-        ("prefix_utilization", "Prefixes used, share of all possible"),
-        ("prefix_gini", "Gini of the items per used prefix, 0 = even"),
-        ("alignment/same_prefix", "Successive items with the same prefix"),
-        ("posterior_entropy", "Entropy of the posterior (nats)"),
-    )
-    shown: list[dict[str, Any]] = []
-    for key, title in measures:
-        metrics = [f"{key}/level_{level}" for level in range(deepest)]
-        if key == "alignment/same_prefix":
-            metrics[0] = "alignment/same_first_code"
-        if any(metric in table for table in models.values() for metric in metrics):
-            shown.append(
-                {
-                    "kind": "table",
-                    "title": title,
-                    "columns": ["method", *(f"level {level + 1}" for level in range(deepest))],
-                    "rows": [
-                        [label, *(_cell(table.get(metric)) for metric in metrics)] for label, table in models.items()
-                    ],
-                }
-            )
-    labels = list(models)
-    series: dict[str, list[float | None]] = {
-        f"level {level + 1}": [
-            (models[label].get(f"perplexity/level_{level}") or {"value": None})["value"] for label in labels
-        ]
-        for level in range(min(config.levels, deepest))
-    }
-    shown.append(
-        {
-            "kind": "bars",
-            "title": "Evenness of the codebooks",
-            "note": "Perplexity of the code frequencies as a share of K: 1 = every code is used equally often.",
-            "labels": labels,
-            "series": series,
-            "axis": "perplexity / K",
-        }
-    )
-    return shown

@@ -1,9 +1,10 @@
 """From the stored rows of a comparison to its report: intervals over seeds, and over seeds and users.
 
 A metric of codes has one value per seed: mean and Student's 95 % interval over the seeds (none for one seed). The AUC
-of the click model and the hits of the generator have one value per seed and user: users and seeds are resampled
-together. Differences from the row `against` are paired: by seed for metrics of codes, by seed and user for the others,
-p by sign flips of users on the mean over seeds, Holm-adjusted over the table.
+of the click model and the hits of the generator have one value per seed and user: interval and p-value are those of
+`recollect.eval.seeds_and_users`, over both (over users alone for one seed). Differences from the row `against` are
+paired: by seed for metrics of codes, by seed and user for the others, p Holm-adjusted over the rows. What is called
+best is best on validation; test users have no part in choosing.
 
 Source: semantic_ids 3; recsys_evaluation 3.5 for the statistics.
 """
@@ -24,12 +25,12 @@ from recollect.tokenize.bench_generative import (
     GENERATIVE_FILE,
     NDCG,
     SHOWN,
-    budget_of,
     generative_units,
     read_columns,
 )
-from recollect.tokenize.bench_panels import AUC, WITHIN
+from recollect.tokenize.bench_panels import AUC, VALID_AUC, VALID_NDCG, WITHIN
 from recollect.tokenize.bench_units import RESULT_FILE, Unit, read_scores
+from recollect.tokenize.bench_warnings import find_warnings, generative_warnings
 from recollect.tokenize.downstream_cases import CaseSets
 from recollect.tokenize.embeddings import Items
 from recollect.tokenize.run_config import BenchConfig
@@ -41,8 +42,12 @@ COMPARED = (
     "knn_overlap@10",
     "alignment/same_first_code",
 )
-SEEDS_FOR_A_CLAIM = 3
-NO_GENERATIVE = "generative retrieval (HR and NDCG of a model that writes codes) was not measured; --generative does it"
+RATES = (
+    *("unique_rate", "collision_rate", "items_in_collision", "icr", "utilization/", "perplexity/", "prefix_"),
+    *("knn_overlap@", "alignment/same_", "alignment/random", "posterior_confidence/", "downstream/", "generative/"),
+)
+"""Beginnings of the names of metrics between 0 and 1; the others are not negative, but for cosines."""
+_OF_SEEDS = ("best_epochs", "valid_ndcg", "extra_digits", "coverage", "seconds")
 
 
 def make_report(
@@ -62,13 +67,15 @@ def make_report(
         for metric in dict.fromkeys(name for found in per_seed for name in found):
             values = [found[metric] for found in per_seed if found.get(metric) is not None]
             if values:
-                models[label][metric] = over_seeds(values)
+                models[label][metric] = over_seeds(values, bounds_of(metric))
     differences = code_differences(models, config.against)
     floors: dict[str, dict[str, Any]] = {}
     if cases is not None:
         pseudo = user_values(units, out)
         for label, columns in pseudo.items():
             table = models[label] if label in models else floors.setdefault(label, {})
+            probes = [results[unit.folder]["downstream"]["valid_auc"] for unit in units if unit.label == label]
+            table[VALID_AUC] = over_seeds([max(curve) for curve in probes], bounds_of(VALID_AUC))
             table |= {name: entry_of(values, config) for name, values in columns.items()}
         floors["popularity"] = popularity_floor(cases, config)
         differences += user_differences(pseudo, config, AUC)
@@ -101,15 +108,22 @@ def make_report(
     return report
 
 
-def over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of one value per seed with Student's 95 % interval; none with one seed."""
+def bounds_of(metric: str) -> tuple[float, float]:
+    """What values of a metric cannot leave."""
+    if metric.startswith("reconstruction/cosine"):
+        return -1.0, 1.0
+    return (0.0, 1.0) if metric.startswith(RATES) else (0.0, math.inf)
+
+
+def over_seeds(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> dict[str, Any]:
+    """Mean of one value per seed with Student's 95 % interval, cut at `bounds`; no interval with one seed."""
     from scipy.stats import t
 
     n, mean = len(values), float(np.mean(values))
     ci95: list[float | None] = [None, None]
     if n > 1:
         half = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-        ci95 = [mean - half, mean + half]
+        ci95 = [max(bounds[0], mean - half), min(bounds[1], mean + half)]
     return {"value": mean, "ci95": ci95, "n": n, "per_seed": [float(value) for value in values]}
 
 
@@ -127,12 +141,21 @@ def user_values(units: Sequence[Unit], out: Path) -> dict[str, dict[str, list[np
 
 
 def entry_of(values: Sequence[np.ndarray], config: BenchConfig) -> dict[str, Any]:
-    """A report entry of values per seed and user."""
-    from recollect.tokenize.downstream import over_seeds_and_users
+    """A report entry of a rate with a value per seed and user."""
+    return _entry_and_p(values, config, (0.0, 1.0))[0]
 
-    value, low, high = over_seeds_and_users(values, resamples=config.resamples, seed=config.seed)
+
+def _entry_and_p(
+    values: Sequence[np.ndarray], config: BenchConfig, bounds: tuple[float, float]
+) -> tuple[dict[str, Any], float]:
+    """The entry, and the p-value of a mean of 0 (1 where one user gives none)."""
+    from recollect.eval.seeds_and_users import over_seeds_and_users
+    from recollect.eval.statistics import Interval, entry
+
+    found = over_seeds_and_users(values, resamples=config.resamples, seed=config.seed, bounds=bounds)
     per_seed = [float(column.mean()) for column in values]
-    return {"value": value, "ci95": [low, high], "n": len(values[0]), "per_seed": per_seed}
+    made = {**entry(Interval(found.value, found.low, found.high, found.n)), "per_seed": per_seed}
+    return made, found.p_value if math.isfinite(found.p_value) else 1.0
 
 
 def popularity_floor(cases: CaseSets, config: BenchConfig) -> dict[str, Any]:
@@ -172,9 +195,10 @@ def add_generative(
         for name, column in read_columns(unit, out).items():
             columns[f"generative/{name}"].append(column)
         result = read_json(out / unit.folder / GENERATIVE_FILE)
-        entry = details.setdefault(unit.label, {"best_epochs": [], "extra_digits": [], "coverage": [], "seconds": []})
+        entry = details.setdefault(unit.label, {name: [] for name in _OF_SEEDS})
         entry["parameters"] = result["parameters"]
         entry["best_epochs"].append(result["best_epoch"])
+        entry["valid_ndcg"].append(result["valid_ndcg"])
         entry["extra_digits"].append(result["extra_digit"])
         entry["coverage"].append(result["coverage"])
         entry["seconds"].append(sum(result["seconds"].values()) if result["seconds"] else None)
@@ -184,24 +208,9 @@ def add_generative(
         table = models[label] if label in models else floors.setdefault(label, {})
         table |= {name: entry_of(column, config) for name, column in columns.items()}
         if label in details:
-            table[COVERAGE] = over_seeds(details[label]["coverage"])
+            table[COVERAGE] = over_seeds(details[label]["coverage"], bounds_of(COVERAGE))
+            table[VALID_NDCG] = over_seeds(details[label]["valid_ndcg"], bounds_of(VALID_NDCG))
     return user_differences(values, config, NDCG), details
-
-
-def generative_warnings(details: Mapping[str, Mapping[str, Any]], config: BenchConfig) -> list[str]:
-    """Rows whose generator was still getting better when its epochs ran out."""
-    last = budget_of(config)
-    late = [
-        label
-        for label, row in details.items()
-        if any(epoch + last.validate_every > last.epochs for epoch in row["best_epochs"])
-    ]
-    if not late:
-        return []
-    return [
-        f"the generator of {', '.join(late)} was still improving at the last of {last.epochs} epochs; use a larger "
-        "--generative-epochs before ranking these rows by it"
-    ]
 
 
 def code_differences(models: Mapping[str, Mapping[str, Any]], against: str) -> list[dict[str, Any]]:
@@ -221,45 +230,41 @@ def code_differences(models: Mapping[str, Mapping[str, Any]], against: str) -> l
 def user_differences(
     pseudo: Mapping[str, Mapping[str, Sequence[np.ndarray]]], config: BenchConfig, metric: str
 ) -> list[dict[str, Any]]:
-    """Each row (floors too) minus `against` in a metric per user: interval over seeds and users, p over users."""
-    from recollect.eval.statistics import holm, paired_differences
-    from recollect.tokenize.downstream import over_seeds_and_users
+    """Each row (floors too) minus `against` in a metric per seed and user; p and interval are of one statistic."""
+    from recollect.eval.statistics import holm
 
     if config.against not in pseudo:
         return []
     base = pseudo[config.against][metric]
-    others = {label: columns[metric] for label, columns in pseudo.items() if label != config.against}
-    if not others:
-        return []
-    gaps = {
-        label: [mine - theirs for mine, theirs in zip(columns, base, strict=True)] for label, columns in others.items()
-    }
-    users = np.arange(len(base[0]))
-    tested = paired_differences(
-        {label: np.mean(gap, axis=0) for label, gap in gaps.items()}, users, n=1, seed=config.seed
-    )
-    adjusted = holm(np.array([tested[label].p_value for label in gaps]))
     found = []
-    for (label, gap), p_value in zip(gaps.items(), adjusted, strict=True):
-        value, low, high = over_seeds_and_users(gap, resamples=config.resamples, seed=config.seed)
-        per_seed = [float(column.mean()) for column in gap]
-        entry = {"value": value, "ci95": [low, high], "n": len(users), "per_seed": per_seed}
-        found.append({"model": label, "metric": metric, **entry, "p_holm": float(p_value)})
+    for label, columns in pseudo.items():
+        if label != config.against:
+            gap = [mine - theirs for mine, theirs in zip(columns[metric], base, strict=True)]
+            entry, p_value = _entry_and_p(gap, config, (-1.0, 1.0))
+            found.append({"model": label, "metric": metric, **entry, "p_value": p_value})
+    for row, adjusted in zip(found, holm(np.array([row["p_value"] for row in found])), strict=True):
+        row["p_holm"] = float(adjusted)
     return found
 
 
 def row_details(label: str, units: Sequence[Unit], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How a row was made: method and options, codebook sizes, bits, the first seed's usage, epochs of the probe."""
+    """How a row was made: method and options, starts of a fit, codebook sizes, bits, epochs of the probe.
+
+    starts: of how many fits from other first codes the best was kept; None where nothing is fitted.
+    """
     of_row = [unit for unit in units if unit.label == label and unit.entry is not None]
     first = results[of_row[0].folder]
     probes = [results[unit.folder]["downstream"] for unit in of_row if "downstream" in results[unit.folder]]
+    made = of_row[0].describe()
     return {
-        **of_row[0].describe(),
+        **made,
+        "starts": None if made["method"] == "random" else made["options"].get("restarts", 1),
         "seeds": [unit.seed for unit in of_row],
         "sizes": first["sizes"],
         "bits": sum(math.log2(size) for size in first["sizes"]),
         "warnings": sorted({warning for unit in of_row for warning in results[unit.folder]["warnings"]}),
         "best_epochs": [probe["best_epoch"] for probe in probes],
+        "validations": [len(probe["valid_auc"]) for probe in probes],
         "probe_parameters": probes[0]["parameters"] if probes else None,
     }
 
@@ -280,8 +285,9 @@ def protocol(config: BenchConfig, items: Items, cases: CaseSets | None) -> dict[
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "collisions": "left as they are, so that all methods are compared on what they emit",
         "intervals": (
-            f"Student's 95 % over seeds; AUC: {config.resamples} resamples of users and seeds together"
-            if cases is not None
+            f"Student's 95 % over seeds; AUC, HR and NDCG: {panels.intervals_over(config)}, "
+            f"{config.resamples} resamples of users"
+            if cases is not None or config.generative
             else "Student's 95 % over seeds"
         ),
     }
@@ -289,7 +295,7 @@ def protocol(config: BenchConfig, items: Items, cases: CaseSets | None) -> dict[
         found |= {
             "click_model": (
                 f"pooled history and item through fields '{config.fields}', factorisation term and network; "
-                f"{config.probe_epochs} epochs, the best on validation"
+                f"at most {config.probe_epochs} epochs, the best point on validation"
             ),
             "clicks": f"{len(cases.train)} training, {len(cases.valid)} validation, {len(cases.test)} test",
             "non_clicks": "items the user never touched, among the nearest in popularity",
@@ -304,40 +310,6 @@ def protocol(config: BenchConfig, items: Items, cases: CaseSets | None) -> dict[
             ),
             "split": items.split.rule,
         }
-    return found
-
-
-def find_warnings(
-    config: BenchConfig,
-    items: Items,
-    cases: CaseSets | None,
-    models: Mapping[str, Mapping[str, Any]],
-    rows: Mapping[str, Mapping[str, Any]],
-) -> list[str]:
-    """What a reader must know before believing the table."""
-    found = []
-    if config.seeds < SEEDS_FOR_A_CLAIM:
-        found.append(f"{config.seeds} seed(s) only; use --seeds {SEEDS_FOR_A_CLAIM} or more for a claim")
-    if config.against not in models:
-        found.append(f"{config.against!r} is not in the table, so no differences are reported; add it to --methods")
-    bits = {label: row["bits"] for label, row in rows.items()}
-    usual = bits.get(config.against, max(bits.values()))
-    odd = {label: value for label, value in bits.items() if abs(value - usual) > 1e-6}
-    if odd:
-        listed = ", ".join(f"{label} {value:g}" for label, value in odd.items())
-        found.append(f"not at the {usual:g} bits per item of the other rows: {listed}; read their errors beside that")
-    if config.downstream and cases is None:
-        found.append("there is no log behind an .npy file, so the click model was left out")
-    if not config.generative:
-        found.append(NO_GENERATIVE)
-    elif items.dataset is None:
-        found.append("there is no log behind an .npy file, so the generator was left out")
-    without = items.source.get("items_without_text")
-    if without:
-        found.append(f"{without} items have no text at all and share one vector")
-    found += [f"{label}: {warning}" for label, row in rows.items() for warning in row["warnings"]]
-    if items.dataset is not None:
-        found += [str(warning) for warning in items.dataset.meta.get("warnings", ())]
     return found
 
 

@@ -30,7 +30,6 @@ from recollect.tokenize.embeddings import Items
 from recollect.tokenize.fit_inputs import fit_inputs
 from recollect.tokenize.measure import measured, semantic_ids
 from recollect.tokenize.methods import Entry
-from recollect.tokenize.peak_memory import PeakMemory
 from recollect.tokenize.run_config import BenchConfig
 from recollect.tokenize.variants import folder_name
 
@@ -125,8 +124,7 @@ def _fit_and_measure(
     inputs = fit_inputs(tokenizer, items, config)
     was_interrupted = (folder / "fit").is_dir()
     started = time.perf_counter()
-    with PeakMemory() as memory:
-        tokenizer.fit(items.embeddings, **inputs, checkpoint=folder / "fit", progress=progress)
+    tokenizer.fit(items.embeddings, **inputs, checkpoint=folder / "fit", progress=progress)
     fit_seconds = time.perf_counter() - started
     progress.stage(f"measuring {title}")
     started = time.perf_counter()
@@ -135,12 +133,13 @@ def _fit_and_measure(
     again = tokenizer.encode(items.embeddings).codes
     ids = semantic_ids(items, encoding.codes, tokenizer.codebook_sizes)
     metrics = measured(tokenizer, items, ids, encoding, seed=config.seed)
-    check_unit(entry, items.embeddings, encoding.codes, again, tokenizer.codebook_sizes, metrics)
+    alike = inputs["mask"] is None and inputs["weight"] is None
+    check_unit(
+        entry, items.embeddings, encoding.codes, again, tokenizer.codebook_sizes, metrics, is_fitted_on_all=alike
+    )
     metrics["encode_items_per_s"] = len(items) / max(encode_seconds, 1e-9)
     if not was_interrupted:  # a continued fit was timed in part only
         metrics["fit_seconds"] = fit_seconds
-        if memory.mb is not None:
-            metrics["peak_mb"] = memory.mb
     return encoding.codes, {
         "metrics": metrics,
         "sizes": list(tokenizer.codebook_sizes),

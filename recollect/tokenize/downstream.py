@@ -7,8 +7,9 @@ of the history, the logit is
     sum_f <t_f, h_f>  +  MLP([t, h, t * h]),
 
 the factorisation term of DeepFM beside a feed-forward network. All methods get the same cases, width, steps and seeds;
-the epoch is chosen on validation. The number is an AUC against items of equal popularity: .5 is what one gets without
-knowing items (the floor `none`), `item-id` what one gets from an identity per item and no content.
+the moment to stop is chosen on validation, several times per epoch. The number is an AUC against items of equal
+popularity: .5 is what one gets without knowing items (the floor `no-item`), `item-id` what one gets from an identity
+per item and no content.
 
 Source: semantic_ids 2.4 (fields, prefixes, pooling over the history: our design). Prefixes are numbered, not hashed to
 2^20, so two prefixes never share a row.
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,9 +36,10 @@ Fields = Literal["levels", "prefixes", "both"]
 
 @dataclass(frozen=True)
 class ProbeBudget:
-    """What every method may spend: width of a field, hidden layers, epochs, most clicks per step, step size.
+    """What every method may spend: width of a field, hidden layers, epochs, most clicks per step, step size, looks.
 
     A step takes a hundredth of the training clicks, at least 32 and at most `batch`, so that small logs are learnt too.
+    validations: per epoch. With one, most rows were best at the second, with large steps from one to the next.
     """
 
     width: int = 16
@@ -46,20 +47,21 @@ class ProbeBudget:
     epochs: int = 6
     batch: int = 512
     learning_rate: float = 3e-3
+    validations: int = 4
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     """What the probe found on the test cases.
 
-    clicked: (C,) float32 logits of the clicks.  skipped: (C, M) float32 of the non-clicks.  valid_auc: per epoch.
-    best_epoch: from 1.  seconds: wall time.  parameters: how many.
+    clicked: (C,) float32 logits of the clicks.  skipped: (C, M) float32 of the non-clicks.  valid_auc: at each
+    validation.  best_epoch: epochs made at the best of them, e.g. 1.25.  seconds: wall time.  parameters: how many.
     """
 
     clicked: np.ndarray
     skipped: np.ndarray
     valid_auc: tuple[float, ...]
-    best_epoch: int
+    best_epoch: float
     seconds: float
     parameters: int
 
@@ -138,15 +140,20 @@ def run_probe(fields: np.ndarray, cases: CaseSets, budget: ProbeBudget = ProbeBu
         probe = Probe(fields, budget)
     probe.to(device)
     optimiser = torch.optim.Adam(probe.parameters(), lr=budget.learning_rate)
-    best: tuple[float, int, dict[str, Tensor]] | None = None
+    best: tuple[float, float, dict[str, Tensor]] | None = None
     curve = []
     batch = min(budget.batch, max(32, len(cases.train) // 100))
-    for epoch in range(1, budget.epochs + 1):
-        _train_epoch(probe, optimiser, cases.train, batch, seed, epoch, device)
-        found = auc(*scores_of(probe, cases.valid, device))
-        curve.append(found)
-        if best is None or found > best[0]:
-            best = (found, epoch, {name: value.clone() for name, value in probe.state_dict().items()})
+    steps = -(-len(cases.train) // batch)
+    ends = sorted({-(-steps * part // budget.validations) for part in range(1, budget.validations + 1)})
+    for epoch in range(budget.epochs):
+        order = stream(seed, "downstream", "order", epoch + 1).permutation(len(cases.train))
+        for first, end in itertools.pairwise([0, *ends]):
+            _train(probe, optimiser, cases.train, order[first * batch : end * batch], batch, device)
+            found = auc(*scores_of(probe, cases.valid, device))
+            curve.append(found)
+            if best is None or found > best[0]:
+                state = {name: value.clone() for name, value in probe.state_dict().items()}
+                best = (found, round(epoch + end / steps, 2), state)
     assert best is not None
     probe.load_state_dict(best[2])
     clicked, skipped = scores_of(probe, cases.test, device)
@@ -160,11 +167,11 @@ def run_probe(fields: np.ndarray, cases: CaseSets, budget: ProbeBudget = ProbeBu
     )
 
 
-def _train_epoch(
-    probe: Probe, optimiser: torch.optim.Optimizer, cases: Cases, batch: int, seed: int, epoch: int, device: str
+def _train(
+    probe: Probe, optimiser: torch.optim.Optimizer, cases: Cases, order: np.ndarray, batch: int, device: str
 ) -> None:
+    """Steps on the cases `order` (n,)."""
     probe.train()
-    order = stream(seed, "downstream", "order", epoch).permutation(len(cases))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         history, asked = _tensors(cases, chosen, device)
@@ -173,7 +180,7 @@ def _train_epoch(
         labels[:, 0] = 1.0
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
         if not torch.isfinite(loss):
-            raise TrainingDiverged(f"the downstream probe's loss became {loss.item()!r} in epoch {epoch}")
+            raise TrainingDiverged(f"the downstream probe's loss became {loss.item()!r}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -225,21 +232,3 @@ def _above(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     below = np.searchsorted(ordered, values, side="left")
     through = np.searchsorted(ordered, values, side="right")
     return (below + through) / (2.0 * len(ordered))
-
-
-def over_seeds_and_users(values: Sequence[np.ndarray], *, resamples: int, seed: int) -> tuple[float, float, float]:
-    """Mean of values (S) x (C,) with a 95 % interval that resamples users, and seeds where there are several.
-
-    Users are shared by the seeds, so a draw takes one set of users and one set of seeds. With three seeds the share of
-    the interval that comes from seeds is rough.
-    """
-    from recollect.eval.statistics import interval_of_draws, resample_weights
-
-    table = np.stack(values).astype(np.float64)  # (S, C)
-    n_seeds, n_users = table.shape
-    draws = np.concatenate(
-        [weights @ table.T / n_users for weights in resample_weights(n_users, resamples, seed, name="users")]
-    )  # (R, S)
-    picked = stream(seed, "downstream", "seeds", n_seeds).integers(n_seeds, size=draws.shape)
-    found = interval_of_draws(float(table.mean()), np.take_along_axis(draws, picked, axis=1).mean(axis=1), n_users)
-    return found.value, found.low, found.high

@@ -144,8 +144,9 @@ def quality(
     Beside `code_metrics`: with embeddings and a tokenizer that reconstructs, `reconstruction/relative_mse`,
     `reconstruction/rmse` and `reconstruction/cosine` at full depth and with `/level_l` after each level, and
     `knn_overlap@10`; with an encoding, `posterior_entropy/level_l` (nats) and `posterior_confidence/level_l`; with
-    interactions, `alignment/same_first_code`, `alignment/random` (item pairs), `alignment/random_events` (event pairs)
-    and, for prefixes that end at a deeper level l, `alignment/same_prefix/level_l`.
+    interactions, `alignment/same_first_code` of successive events, so popular items count more, beside chance:
+    `alignment/random` (of two items, all alike) and `alignment/random_events` (of two events); for prefixes that end at
+    a deeper level l, `alignment/same_prefix/level_l`, `alignment/random/level_l`, `alignment/random_events/level_l`.
 
     Args:
         ids: rows in the order of `embeddings` and of the interactions' item numbers.
@@ -187,4 +188,6 @@ def quality(
         found["alignment/random_events"] = first.random_events
         for level, prefix in enumerate(deeper, start=1):
             found[f"alignment/same_prefix/level_{level}"] = prefix.adjacent
+            found[f"alignment/random/level_{level}"] = prefix.random
+            found[f"alignment/random_events/level_{level}"] = prefix.random_events
     return found

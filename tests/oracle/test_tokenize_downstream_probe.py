@@ -13,7 +13,6 @@ from recollect.tokenize.downstream import (
     auc,
     auc_by_user,
     item_fields,
-    over_seeds_and_users,
     run_probe,
     wins_by_user,
 )
@@ -53,18 +52,6 @@ def test_pseudo_values_average_to_the_auc_and_resample_like_the_exact_bootstrap(
     assert np.corrcoef(exact, linear)[0, 1] > 0.999
     assert np.std(linear) == pytest.approx(np.std(exact), rel=0.03)
     assert np.abs(np.subtract(exact, linear)).max() < 0.2 * np.std(exact)
-
-
-def test_one_seed_gives_the_interval_of_a_plain_user_bootstrap_and_seeds_widen_it():
-    generator = np.random.default_rng(0)
-    table = generator.normal(size=(3, 200))
-    value, low, high = over_seeds_and_users([table[0]], resamples=2000, seed=0)
-    assert value == pytest.approx(table[0].mean())
-    half = 1.96 * table[0].std() / np.sqrt(200)
-    assert (value - low, high - value) == pytest.approx((half, half), rel=0.1)
-    apart = [table[0], table[0] + 1.0, table[0] - 1.0]
-    _, low_apart, high_apart = over_seeds_and_users(apart, resamples=2000, seed=0)
-    assert high_apart - low_apart > 4 * (high - low)
 
 
 def test_wins_count_the_own_non_clicks_below_and_half_of_the_ties():

@@ -115,6 +115,8 @@ def test_quality_gathers_what_its_inputs_allow(fitted):
     assert full["alignment/random"] == pytest.approx((codes[:, None, 0] == codes[None, :, 0]).mean())
     seen = codes[log.item, 0]
     assert full["alignment/random_events"] == pytest.approx((seen[:, None] == seen[None]).mean())
+    pairs = (codes[:, None] == codes[None])[:, :, :2].all(axis=2)
+    assert full["alignment/random/level_1"] == pytest.approx(pairs.mean())
 
 
 def test_inputs_that_do_not_belong_together_are_refused(fitted):

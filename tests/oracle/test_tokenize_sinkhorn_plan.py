@@ -95,12 +95,11 @@ def test_sinkhorn_leaves_part_of_large_near_identical_groups_together_and_zcr_do
     once = CollisionConfig(rounds=1)
     balanced = resolve_collisions(codes, "sinkhorn", tokenizer=tokenizer, embeddings=items, config=once)
     zcr = resolve_collisions(codes, "zcr", tokenizer=tokenizer, embeddings=items)
-    for number, size in enumerate(sizes):
-        together = len(np.unique(balanced.codes[group == number], axis=0))
-        assert together <= size
-        assert len(np.unique(zcr.codes[group == number], axis=0)) == size
-    assert len(np.unique(balanced.codes[group == 0], axis=0)) == 2
-    assert len(np.unique(balanced.codes[group == 3], axis=0)) < 100
+    apart = [len(np.unique(balanced.codes[group == number], axis=0)) for number in range(len(sizes))]
+    assert apart[:2] == [2, 5]  # the counts measured for the method: 2, 5, 19 and 58 of 2, 5, 20 and 100
+    assert abs(apart[2] - 19) <= 3
+    assert abs(apart[3] - 58) <= 12
+    assert [len(np.unique(zcr.codes[group == number], axis=0)) for number in range(len(sizes))] == sizes
     assert zcr.unresolved == 0
     assert balanced.unresolved > 0
 
