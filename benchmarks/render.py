@@ -104,7 +104,9 @@ def _number(value: float | None) -> str:
         return "-"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 100 or value == int(value) else f"{value:.3f}".rstrip("0").rstrip(".")
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:.3g}"
+    return f"{value:.{3 if abs(value) >= 0.1 else 4}f}".rstrip("0").rstrip(".")
 
 
 if __name__ == "__main__":

@@ -64,9 +64,19 @@ class Rows:
         benchmark: name of the benchmark.
         path: file to begin anew, or None.
         data, model, note: of every row; `data` unless a row says otherwise.
+        append: add to the file in place of beginning it anew.
     """
 
-    def __init__(self, benchmark: str, path: Path | None, *, data: str = "", model: str = "", note: str = "") -> None:
+    def __init__(
+        self,
+        benchmark: str,
+        path: Path | None,
+        *,
+        data: str = "",
+        model: str = "",
+        note: str = "",
+        append: bool = False,
+    ) -> None:
         self.data = data
         self.model = model
         self.note = note
@@ -76,7 +86,7 @@ class Rows:
         self._file: TextIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w", encoding="utf-8")
+            self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def __enter__(self) -> Rows:
         return self

@@ -138,6 +138,7 @@ def pull(name: str, *, path: str | Path | None = None, progress: Progress | None
     """Fetch an embedded model into the cache, anew where the cached one is corrupt; returns its folder."""
     folder = cache_folder() / "models" / _embedded(name).name
     if folder.exists():
+        _HASHED.clear()
         try:
             check_folder(folder)
         except InputError as error:
@@ -156,11 +157,14 @@ def verify(name: str) -> dict[str, str]:
     folder = cache_folder() / "models" / _embedded(name).name
     if not (folder / MANIFEST).is_file():
         raise ModelFileError(f"model {name!r} is not in {folder}; fetch it with: recollect models pull {name}")
+    _HASHED.clear()
     return check_folder(folder)
 
 
 def check_folder(folder: Path) -> dict[str, str]:
     """Check the kind and, where there is a manifest, the hash of every file of a model folder.
+
+    A process reads a file once for its hash, and again when its size or time of change is another.
 
     Returns:
         {file name: SHA-256} of the weights, tokenizer and configuration files (the manifest's, or computed).
@@ -184,7 +188,7 @@ def check_folder(folder: Path) -> dict[str, str]:
         file = confined(folder, name)
         if not file.is_file():
             raise ModelFileError(f"{file} is missing; fetch the model again: recollect models pull {folder.name}")
-        found = sha256_file(file)
+        found = _hash(file)
         if found != digest:
             raise ModelFileError(
                 f"{file} was changed: its SHA-256 is {found[:16]}…, the manifest says {digest[:16]}…; "
@@ -204,7 +208,18 @@ def _embedded(name: str) -> EmbeddedModel:
 
 def _hashes(folder: Path) -> dict[str, str]:
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_model_file(file.name))
-    return {name: sha256_file(folder / name) for name in names}
+    return {name: _hash(folder / name) for name in names}
+
+
+_HASHED: dict[tuple[str, int, int, int], str] = {}
+
+
+def _hash(file: Path) -> str:
+    state = file.stat()
+    key = str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    if key not in _HASHED:
+        _HASHED[key] = sha256_file(file)
+    return _HASHED[key]
 
 
 def _is_model_file(name: str) -> bool:

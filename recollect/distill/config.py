@@ -16,6 +16,7 @@ Method = Literal[
     "down-only",
     "up-only",
     "self",
+    "labels-only",
     "mutual",
     "popularity",
     "label-smoothing",
@@ -32,6 +33,7 @@ SUMMARIES = {
     "down-only": "the conventional model teaches the LLM",
     "up-only": "the LLM, trained alone, teaches the conventional model",
     "self": "another seed of the conventional model teaches it: does the LLM matter at all?",
+    "labels-only": "the same half-rounds without a teacher: what more training alone gives",
     "mutual": "two conventional models teach each other at once, in one training as long as all rounds",
     "popularity": "a teacher that only knows how often each item occurs",
     "label-smoothing": "a teacher that knows nothing",
@@ -58,11 +60,11 @@ class DistillConfig:
 
     method: Method = "llmd4rec"
     """What student_distilled and teacher_distilled are: llmd4rec, static, crossfit, down-only, up-only, no-update,
-    round-start, self, mutual, popularity, label-smoothing, dllm2rec or llm-srec."""
+    round-start, self, labels-only, mutual, popularity, label-smoothing, dllm2rec or llm-srec."""
 
     compare: tuple[str, ...] = ("static", "crossfit", "down-only", "up-only")
-    """Further methods as rows of the table; "all" for every one, "none" for none. Both models alone, their ensemble and
-    self-distillation are always there."""
+    """Further methods as rows of the table; "all" for every one, "none" for none. Both models alone, their ensemble,
+    self and labels-only (its LLM only where another row trains one) are always there."""
 
     rounds: int = 3
     """Rounds of downward and upward teaching (paper: 3 to 5)."""
@@ -205,9 +207,9 @@ class DistillConfig:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Methods to run: the main one, self-distillation, then those compared, each once."""
+        """Methods to run: the main one, the controls every table has, then those compared, each once."""
         compared = METHODS if "all" in self.compare else tuple(name for name in self.compare if name != "none")
-        return tuple(dict.fromkeys((self.method, "self", *compared)))
+        return tuple(dict.fromkeys((self.method, "self", "labels-only", *compared)))
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

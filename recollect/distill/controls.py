@@ -2,7 +2,8 @@
 
 All start from the conventional model trained alone and see the same samples and validation as upward half-rounds.
 Constant teachers go through as many of them as the alternation; mutual learning and DLLM2Rec train once, for at most
-the epochs of all rounds together.
+the epochs and with the patience of all rounds together, at the full learning rate throughout (half-rounds halve it from
+round 2).
 
 Ours, where the papers need generated text or a language model that was not fine-tuned: in DLLM2Rec the distance behind
 the confidence is 1 - cosine of the LLM's state and the item's row of its output layer; in LLM-SRec the frozen LLM is
@@ -40,13 +41,17 @@ SREC_EPOCHS = 30
 
 
 def _at_once(shop: Workshop, model: Any, name: str, seed: int) -> LoopConfig:
-    """A training as long as all upward half-rounds together."""
-    loop = replace(model.config.loop, epochs=_all_epochs(shop), patience=shop.config.round_patience)
+    """A training as long as all upward half-rounds together, and as patient."""
+    loop = replace(model.config.loop, epochs=_all_epochs(shop), patience=_all_patience(shop))
     return replace(loop, seed=call_seed(seed, "distill", name))
 
 
 def _all_epochs(shop: Workshop) -> int:
     return shop.config.rounds * shop.config.round_epochs
+
+
+def _all_patience(shop: Workshop) -> int:
+    return shop.config.rounds * shop.config.round_patience
 
 
 def _recipe(shop: Workshop, seed: int, **more: Any) -> dict[str, Any]:
@@ -115,6 +120,7 @@ def mutual(shop: Workshop, seed: int, first: Stage, second: Stage) -> Stage:
         return model, info_of(model, result, shop.validation, shop.cut)
 
     recipe = _recipe(shop, seed, first=first.key, second=second.key, how=to_dict(how))
+    recipe["patience"] = _all_patience(shop)
     return shop.stages.get("crm-mutual", recipe, make)
 
 
@@ -179,6 +185,7 @@ def dllm2rec(shop: Workshop, seed: int, crm: Stage, llm: Stage) -> Stage:
         return model, info_of(model, result, shop.validation, shop.cut)
 
     recipe = _recipe(shop, seed, crm=crm.key, llm=llm.key, strength=LIST_STRENGTH, length=LIST_LENGTH)
+    recipe["patience"] = _all_patience(shop)
     return shop.stages.get("crm-dllm2rec", recipe, make)
 
 

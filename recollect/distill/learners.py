@@ -289,6 +289,20 @@ class SampleTeacher:
         return self.source.logits(rows)
 
 
+class KeptStates:
+    """Reads a frozen teacher once for several half-rounds over the same samples."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: tuple[np.ndarray, SampleTeacher] | None = None
+
+    def __call__(self, teacher: Learner, sequences: Sequences, wanted: np.ndarray) -> SampleTeacher:
+        """As `SampleTeacher.cached`; always of the same teacher and sequences."""
+        if self._found is None or not np.array_equal(self._found[0], wanted):
+            self._found = wanted, SampleTeacher.cached(self.folder, teacher, sequences, wanted)
+        return self._found[1]
+
+
 def constant_teacher(counts: np.ndarray, sequences: Sequences, smoothing: float = 1.0) -> SampleTeacher:
     """The controls: a teacher of popularity, or of nothing (zero counts: label smoothing)."""
     share = (np.asarray(counts, dtype=np.float64) + smoothing)[sequences.items]

@@ -1,8 +1,10 @@
 """`recollect.distill(...)`: the alternation of LLMD4Rec and the rows it is compared with, from data to report.
 
-Everything a model is chosen by comes from validation; the test cases are opened once per reported model, after all
-training of a seed. A killed run continues with `resume`: finished stages are read back, the current one goes on from
-its last checkpoint, and the numbers are those of an uninterrupted run.
+Everything a model is chosen by comes from validation. The test cases are opened after all training of a seed, for the
+models of that seed that are reported: for the table, again with shuffled histories, and in the first seed again under
+the other mask; seeds follow each other, and none reads another's results. A killed run continues with `resume`:
+finished stages are read back, the current one goes on from its last checkpoint, and the numbers are those of an
+uninterrupted run.
 
 Source: llmd4rec 4.3, 4.4 (arXiv 2505.18120).
 """
@@ -23,7 +25,7 @@ from recollect.data.examples import training_sequences
 from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
 from recollect.distill.ensemble import EnsembleScores
-from recollect.distill.methods import IN_ROUNDS, Row, run_method
+from recollect.distill.methods import Row, planned_half_rounds, run_method
 from recollect.distill.order_sensitivity import order_sensitivity
 from recollect.distill.other_mask import other_mask
 from recollect.distill.report import make_report
@@ -290,10 +292,7 @@ def _metric_lines(seeds: Sequence[SeedResults]) -> Iterator[str]:
 
 def _plan(config: DistillConfig, dataset: Dataset, split: Split) -> Report:
     """What a run would do: half-rounds per seed, samples, LLM epochs."""
-    both = sum(method in IN_ROUNDS for method in config.rows) * config.rounds
-    down = both + config.rounds * ("down-only" in config.rows)
-    one_teacher = ("up-only", "self", "popularity", "label-smoothing")
-    up = both + config.rounds * sum(method in config.rows for method in one_teacher)
+    down, up = planned_half_rounds(config)
     llm_epochs = config.teacher_epochs * (1 + (config.folds - 1) * ("crossfit" in config.rows))
     numbers = {
         "seeds": config.seeds,

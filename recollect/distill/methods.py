@@ -1,17 +1,20 @@
 """The rows of a distillation table: each method as the sequence of stages that makes its models (spec 4.3, 4.4).
 
 The alternation stops early when a round improved neither side on validation. Its controls train for as many epochs at
-most as its student does in all rounds, and those with a frozen teacher go through every round, so that none loses for
-want of training. What a row reports is each side's best round by
-validation, round 0 (both models alone) excluded, so a row never falls back on a model that was not distilled.
+most as its student does in all rounds, and those with a frozen teacher or without one go through every round, so that
+none loses for want of training. What a row reports is each side's best round by validation, round 0 (both models alone)
+excluded, so a row never falls back on a model that was not distilled.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
 from recollect.distill import controls
+from recollect.distill.config import DistillConfig
+from recollect.distill.learners import KeptStates
 from recollect.distill.rounds import RankSource
 from recollect.distill.stages import Stage
 from recollect.distill.workshop import Workshop
@@ -32,6 +35,7 @@ class Row:
     """What a method made for one seed.
 
     student, teacher: the stage of either side, None where the method leaves that side as it was trained alone.
+    taught_by: the stage that taught the student in every round, where one did.
     half_rounds: one entry per half-round, in order.
     """
 
@@ -39,6 +43,7 @@ class Row:
     seed: int
     student: Stage | None = None
     teacher: Stage | None = None
+    taught_by: Stage | None = None
     half_rounds: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, number: int, direction: str, stage: Stage, **more: Any) -> None:
@@ -65,6 +70,8 @@ def run_method(shop: Workshop, method: str, seed: int) -> Row:
     if method in ("up-only", "self"):
         teacher = shop.llm(seed, crm) if method == "up-only" else shop.crm(seed + OTHER_SEED)
         return _upward(shop, row, crm, teacher)
+    if method == "labels-only":
+        return _labels_only(shop, row, crm)
     if method in ("popularity", "label-smoothing"):
         student = crm
         for number in range(1, shop.config.rounds + 1):
@@ -102,9 +109,46 @@ def _rounds(shop: Workshop, method: str, seed: int, crm: Stage) -> Row:
 
 
 def _upward(shop: Workshop, row: Row, crm: Stage, teacher: Stage) -> Row:
-    """One frozen teacher, in as many upward half-rounds as the alternation may have."""
+    """One frozen teacher, in as many upward half-rounds as the alternation may have; it is read once for all."""
+    row.taught_by = teacher
+    student = crm
+    kept = KeptStates(shop.stages.folder.parent / "teacher-states")
+    try:
+        for number in range(1, shop.config.rounds + 1):
+            student = shop.up(row.seed, number, student, teacher, ranks="online", read=kept)
+            row.note(number, "up", student)
+    finally:
+        shutil.rmtree(kept.folder, ignore_errors=True)
+    return row
+
+
+def _labels_only(shop: Workshop, row: Row, crm: Stage) -> Row:
+    """The half-rounds of the alternation with lambda = 0: same starts, epochs, patience, rates, choice of a round."""
+    llm = shop.llm(row.seed, crm) if shop.config.teacher_start == "alone" else None
     student = crm
     for number in range(1, shop.config.rounds + 1):
-        student = shop.up(row.seed, number, student, teacher, ranks="online")
+        if trains_llm(shop.config):
+            llm = shop.down(row.seed, number, llm, None, embedding=student, ranks="static")
+            row.note(number, "down", llm)
+        student = shop.up(row.seed, number, student, None, ranks="static")
         row.note(number, "up", student)
     return row
+
+
+def trains_llm(config: DistillConfig) -> bool:
+    """Some row asked for trains the LLM in half-rounds, so that its control must."""
+    asked = {config.method, *config.compare}
+    return bool(asked & {*IN_ROUNDS, "down-only", "labels-only", "all"})
+
+
+def planned_half_rounds(config: DistillConfig) -> tuple[int, int]:
+    """Downward and upward half-rounds of a seed if none stops early, those that rows share counted once."""
+    rows = set(config.rows)
+    upward = {"up-only", "self", "labels-only", "popularity", "label-smoothing"}
+    both = config.rounds * len(rows & set(IN_ROUNDS))
+    down = both + config.rounds * (("down-only" in rows) + trains_llm(config))
+    up = both + config.rounds * len(rows & upward)
+    # Before any item vector was taken in anew, these have done the same.
+    first_down = len(rows & {"llmd4rec", "no-update", "down-only"})
+    first_up = len(rows & {"llmd4rec", "no-update"})
+    return down - max(0, first_down - 1), up - max(0, first_up - 1)

@@ -1,6 +1,7 @@
 """Does a model read the order of a history? Its metric and its user vectors with histories shuffled at test time.
 
-A model that loses nothing, and whose user vectors stay where they were, takes a history for a set of items.
+A model that loses nothing, and whose user vectors stay where they were, takes a history for a set of items. Only what
+the model reads is shuffled, the last `max_length` items: with more, it would also lose recent items to old ones.
 Source: llmd4rec 7.18 (LLM-SRec, arXiv 2502.13909 [paper]: a conventional model loses 4 to 8 % of NDCG@10 at a cosine of
 .65 to .75, prompted LLM recommenders lose about nothing at more than .93).
 """
@@ -15,6 +16,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from recollect.data.examples import held_out_cases
+from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.stages import Stage
 from recollect.distill.workshop import Workshop
 from recollect.eval.ranking import evaluate_ranker
@@ -31,15 +33,22 @@ class Shuffled:
 
     def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
         """As the model's own `score`."""
-        return np.asarray(self._model.score(shuffled(histories, self._seed), candidates))
+        return np.asarray(self._model.score(shuffled(histories, window_of(self._model), self._seed), candidates))
 
 
-def shuffled(histories: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Each history (T,) in a random order; equal histories are ordered alike."""
+def window_of(model: Any) -> int:
+    """How many items of a history the model reads: the last ones."""
+    reader = model.frozen if isinstance(model, LlmSRec) else model
+    return int(reader.config.max_length)
+
+
+def shuffled(histories: Sequence[np.ndarray], window: int, seed: int) -> list[np.ndarray]:
+    """Each history (T,) with its last `window` items in a random order; equal ends are ordered alike."""
     mixed = []
     for history in map(np.asarray, histories):
-        generator = stream(seed, "shuffled history", sha256_text(history.tobytes().hex()))
-        mixed.append(generator.permutation(history))
+        start = max(0, len(history) - window)
+        generator = stream(seed, "shuffled history", sha256_text(history[start:].tobytes().hex()))
+        mixed.append(np.concatenate([history[:start], generator.permutation(history[start:])]))
     return mixed
 
 
@@ -47,18 +56,16 @@ def order_sensitivity(shop: Workshop, stage: Stage, seed: int) -> dict[str, floa
     """{"shuffled": the primary metric with shuffled histories, "cosine": mean over test cases of the cosine between
     the user vectors of a history in order and shuffled}; kept beside the stage."""
     metric = shop.config.primary_metric
-    path = stage.folder / f"shuffled-{metric.replace('@', '-')}.json"
-    found: dict[str, float] = read_json(path) if path.is_file() else {}
-    if "cosine" not in found:
+    path = stage.folder / f"shuffled-window-{metric.replace('@', '-')}.json"
+    if not path.is_file():
         model = stage.load()
-        if "shuffled" not in found:
-            table = evaluate_ranker(
-                Shuffled(model, seed), shop.dataset, shop.split, ks=shop.config.k, seed=seed, progress=shop.progress
-            )
-            found = {"shuffled": table.mean(metric)}
+        table = evaluate_ranker(
+            Shuffled(model, seed), shop.dataset, shop.split, ks=shop.config.k, seed=seed, progress=shop.progress
+        )
         histories = held_out_cases(shop.dataset, shop.split, "test").histories()
-        found |= {"cosine": user_cosine(model, histories, shuffled(histories, seed))}
-        write_json(path, found)
+        cosine = user_cosine(model, histories, shuffled(histories, window_of(model), seed))
+        write_json(path, {"shuffled": table.mean(metric), "cosine": cosine})
+    found: dict[str, float] = read_json(path)
     return found
 
 

@@ -31,17 +31,23 @@ def accuracy_panel(config: DistillConfig, report: Report) -> dict[str, Any]:
     cut = report.sections["primary_metric"].partition("@")[2]
     wanted = (f"hr@{cut}", f"ndcg@{cut}", "mrr", "coverage@10")
     columns = [name for name in wanted if all(name in table for table in models.values())]
-    rows = [
-        [name, *({key: table[column][key] for key in ("value", "ci95")} for column in columns)]
-        for name, table in models.items()
-    ]
+    metric = report.sections["primary_metric"]
+    rows = []
+    for name, table in models.items():
+        cells = ({key: table[column][key] for key in ("value", "ci95")} for column in columns)
+        rows.append([name, *cells, _sd(table[metric]["sd"])])
+    details = report.sections["rows"]
+    own, alone = details["self_distilled"]["teacher_validation"], details["student_alone"]["validation"]
     return {
         "kind": "table",
         "title": f"Test, full ranking, mean of {config.seeds} seed{'s' if config.seeds > 1 else ''}",
-        "columns": ["model", *columns],
+        "columns": ["model", *columns, f"sd over seeds, {metric}"],
         "rows": rows,
         "note": f"student: {config.student}; teacher: {config.teacher}; distilled: {config.method}. "
-        "Names with a slash are a method's two sides; pop counts training events, markov what followed the last item.",
+        "Names with a slash are a method's two sides; pop counts training events, markov what followed the last item. "
+        f"ensemble: the LLM's share is the best of {report.sections['ensemble']['weights_tried']} on validation. "
+        f"self_distilled: its teacher, another seed, has {metric} {np.mean(own):.4f} on validation where the student "
+        f"alone has {np.mean(alone):.4f} (means of seeds).",
         "terminal": True,
     }
 
@@ -63,12 +69,13 @@ def forest_panel(report: Report, metric: str) -> dict[str, Any]:
 
 
 def difference_panel(report: Report) -> dict[str, Any]:
-    """Paired differences against the student alone, self-distillation and the ensemble."""
+    """Paired differences against the student alone, the controls and the ensemble."""
     rows = [
         [
             row["model"],
             row["against"],
             {"value": row["value"], "ci95": row["ci95"]},
+            _sd(row["sd"]),
             "–" if row["relative"] is None else f"{100 * row['relative']:+.1f} %",
             row["p_holm"],
         ]
@@ -78,8 +85,10 @@ def difference_panel(report: Report) -> dict[str, Any]:
     return {
         "kind": "table",
         "title": f"Paired differences of {report.sections['primary_metric']}",
-        "columns": ["model", "against", "difference", "relative", "p (Holm)"],
+        "columns": ["model", "against", "difference", "sd over seeds", "relative", "p (Holm)"],
         "rows": rows,
+        "note": "Difference: mean of seeds, its interval over users. p is adjusted by Holm over all models tested "
+        "against the same one, those included that are not shown here.",
         "terminal": True,
     }
 
@@ -87,17 +96,28 @@ def difference_panel(report: Report) -> dict[str, Any]:
 def goal_panel(report: Report) -> dict[str, Any]:
     """What was aimed at, and whether it was reached."""
     rows = [
-        [goal["goal"], "–" if goal["measured"] is None else f"{100 * goal['measured']:+.1f} %", goal["met"]]
+        [
+            goal["goal"],
+            "–" if goal["measured"] is None else f"{100 * goal['measured']:+.1f} %",
+            "–" if goal["difference"] is None else {**goal["difference"], "n": None, "digits": 4},
+            _sd(goal["sd"]),
+            "yes" if goal["met"] else f"no: {goal['why_not']}",
+        ]
         for goal in report.sections["goals"]
     ]
     return {
         "kind": "table",
         "title": "Goals",
-        "columns": ["goal", "measured", "met"],
-        "rows": [[text, value, "yes" if met else "no"] for text, value, met in rows],
-        "note": f"A goal needs at least {SEEDS_FOR_A_CLAIM} seeds and an interval above 0 where it names one.",
+        "columns": ["goal", "measured", "difference", "sd over seeds", "met"],
+        "rows": rows,
+        "note": f"A goal needs at least {SEEDS_FOR_A_CLAIM} seeds, an interval above 0 over users and no seed whose "
+        "own difference is below 0. Difference: mean of seeds; of goal C the gain less 90 % of the ensemble's.",
         "terminal": True,
     }
+
+
+def _sd(value: float | None) -> str | dict[str, Any]:
+    return "–" if value is None else {"value": value, "digits": 4}
 
 
 def round_panels(config: DistillConfig, seeds: Sequence[SeedResults], metric: str) -> list[dict[str, Any]]:
@@ -250,5 +270,6 @@ def method_panel(config: DistillConfig) -> dict[str, Any]:
         "columns": ["name", "what it is"],
         "rows": [[method, SUMMARIES[method]] for method in config.rows],
         "note": f"Controls may train as long as the distilled student, {config.rounds * config.round_epochs} epochs "
-        "after the student alone; llm-srec trains its small heads for up to 30.",
+        "after the student alone, at half the learning rate from round 2 on; mutual and dllm2rec keep the full rate. "
+        "llm-srec trains its small heads for up to 30.",
     }

@@ -21,6 +21,7 @@ from torch import Tensor
 from recollect.data.examples import Cases, Sequences
 from recollect.distill.fused import fused_distillation_loss
 from recollect.distill.learners import (
+    KeptStates,
     Learner,
     SampleTeacher,
     ranks_of,
@@ -52,6 +53,10 @@ class Strength:
     t_squared: bool = True
 
 
+LABELS_ONLY = Strength(temperature=1.0, strength=0.0, ranks="static")
+"""Of a half-round without a teacher."""
+
+
 @dataclass(frozen=True)
 class CrossfitRanks:
     """Ranks (E,) float32 of the true items of training samples under models that were not fitted on them."""
@@ -62,12 +67,13 @@ class CrossfitRanks:
 
 def train_half(
     student: Learner,
-    teacher: Learner | SampleTeacher,
+    teacher: Learner | SampleTeacher | None,
     sequences: Sequences,
     *,
     how: Strength,
     loop: LoopConfig,
     scratch: Path,
+    read: KeptStates | None = None,
     fixed_ranks: tuple[np.ndarray, np.ndarray] | None = None,
     validation: Cases | None = None,
     folder: Path | None = None,
@@ -77,6 +83,8 @@ def train_half(
     """Train the student in place; the teacher is only read.
 
     Args:
+        teacher: None where `how` has strength 0.
+        read: reads the teacher for several half-rounds; None = for this one.
         fixed_ranks: (student's, teacher's) ranks (E,) for cross-fitted weights.
         scratch: the teacher's states are kept here while the half-round lasts.
         validation: cases by whose NDCG@10 the best epoch is chosen; None keeps the last.
@@ -88,7 +96,8 @@ def train_half(
         ResumeRefused: `folder` holds a half-round under another teacher or other options.
         TrainingDiverged: a loss or weight became NaN or infinite.
     """
-    require_same_items(student, teacher)
+    if teacher is not None:
+        require_same_items(student, teacher)
     weight_of: Callable[[np.ndarray], dict[str, Tensor]]
     if how.strength == 0:
         return train(
@@ -101,6 +110,8 @@ def train_half(
             checkpoint_every=checkpoint_every,
             progress=progress,
         )
+    if teacher is None:
+        raise ConfigError(f"a half-round of strength {how.strength!r} needs a teacher")
     wanted = trained_samples(student, sequences)
     # Before the teacher is wrapped: a checkpoint under another teacher or other weights is not continued.
     identity = {"how": asdict(how), "teacher": _teacher_identity(teacher)}
@@ -108,7 +119,7 @@ def train_half(
         if not isinstance(teacher, SampleTeacher):
             if progress is not None:
                 progress.stage("reading the teacher")
-            teacher = SampleTeacher.cached(scratch, teacher, sequences, wanted)
+            teacher = (read or KeptStates(scratch))(teacher, sequences, wanted)
         known = teacher
         weight_of = _weights(student, known, sequences, wanted, how, fixed_ranks)
 
@@ -231,6 +242,7 @@ def half_loop(loop: LoopConfig, *, round_number: int, seed: int, halve: bool) ->
 
 
 __all__ = [
+    "LABELS_ONLY",
     "CrossfitRanks",
     "RankSource",
     "Strength",

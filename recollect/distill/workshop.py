@@ -19,9 +19,17 @@ from recollect.data.examples import Cases, Sequences, held_out_cases, training_s
 from recollect.distill.config import LONG_HISTORIES, DistillConfig
 from recollect.distill.crossfit import crossfit_ranks, rows_without, user_folds
 from recollect.distill.ensemble import WeightChoice
-from recollect.distill.learners import Crm, Llm, ranks_of, wrap
+from recollect.distill.learners import Crm, KeptStates, Llm, ranks_of, wrap
 from recollect.distill.llm_srec_ranker import LlmSRec
-from recollect.distill.rounds import CrossfitRanks, RankSource, Strength, half_loop, train_half, weight_statistics
+from recollect.distill.rounds import (
+    LABELS_ONLY,
+    CrossfitRanks,
+    RankSource,
+    Strength,
+    half_loop,
+    train_half,
+    weight_statistics,
+)
 from recollect.distill.samples import training_samples
 from recollect.distill.stages import Stage, Stages, read_columns
 from recollect.eval.statistics import cluster_codes
@@ -134,7 +142,7 @@ class Workshop:
         seed: int,
         number: int,
         llm: Stage | None,
-        crm: Stage,
+        crm: Stage | None,
         *,
         embedding: Stage,
         ranks: RankSource,
@@ -144,9 +152,10 @@ class Workshop:
 
         Args:
             llm: the student; None = with fresh weights.
+            crm: None = labels alone, without a teacher.
         """
         options = self.teacher_options(seed)
-        how = self.strength("down", ranks)
+        how = LABELS_ONLY if crm is None else self.strength("down", ranks)
 
         def make(work: Path) -> tuple[Any, dict[str, Any]]:
             self.progress.stage(f"round {number}, downward, seed {seed}")
@@ -157,7 +166,7 @@ class Workshop:
                 model = llm.load()
                 assert model.module is not None
                 model.module.inject(torch.from_numpy(vectors))
-            teacher = Crm(crm.load())
+            teacher = None if crm is None else Crm(crm.load())
             loop = half_loop(
                 options.loop(self.config.teacher_round_epochs),
                 round_number=number,
@@ -178,12 +187,12 @@ class Workshop:
                 checkpoint_every=CHECKPOINT_STEPS,
                 progress=self.progress,
             )
-            return model, self._info(model, result, weights=self._weights(model, teacher.recommender, seed))
+            return model, self._info(model, result, **self._weights(model, teacher, seed))
 
         recipe = {
             "options": to_dict(options),
             "student": FRESH if llm is None else llm.key,
-            "teacher": crm.key,
+            "teacher": None if crm is None else crm.key,
             "embedding": embedding.key,
             "round": number,
             "epochs": self.config.teacher_round_epochs,
@@ -198,18 +207,19 @@ class Workshop:
         seed: int,
         number: int,
         crm: Stage,
-        teacher: Stage,
+        teacher: Stage | None,
         *,
         ranks: RankSource,
         crossfit: Stage | None = None,
+        read: KeptStates | None = None,
     ) -> Stage:
-        """Upward half-round: `teacher`, an LLM or another conventional model, teaches `crm`."""
-        how = self.strength("up", ranks)
+        """Upward half-round: `teacher`, an LLM or another conventional model (or nobody), teaches `crm`."""
+        how = LABELS_ONLY if teacher is None else self.strength("up", ranks)
         config = self.config
 
         def make(work: Path) -> tuple[Any, dict[str, Any]]:
             self.progress.stage(f"round {number}, upward, seed {seed}")
-            model, frozen = crm.load(), wrap(teacher.load())
+            model, frozen = crm.load(), None if teacher is None else wrap(teacher.load())
             loop = half_loop(
                 replace(model.config.loop, epochs=config.round_epochs, patience=config.round_patience),
                 round_number=number,
@@ -224,16 +234,17 @@ class Workshop:
                 how=how,
                 loop=loop,
                 scratch=work / "teacher",
+                read=read,
                 fixed_ranks=None if fixed is None else (fixed.crm, fixed.llm),
                 validation=self.validation,
                 folder=work,
                 progress=self.progress,
             )
-            return model, self._info(model, result, weights=self._weights(model, frozen.recommender, seed))
+            return model, self._info(model, result, **self._weights(model, frozen, seed))
 
         recipe = {
             "student": crm.key,
-            "teacher": teacher.key,
+            "teacher": None if teacher is None else teacher.key,
             "round": number,
             "epochs": config.round_epochs,
             "patience": config.round_patience,
@@ -332,8 +343,10 @@ class Workshop:
     def cut(self) -> int:
         return int(self.config.primary_metric.partition("@")[2])
 
-    def _weights(self, student: Any, teacher: Any, seed: int) -> dict[str, Any]:
-        return weight_statistics(wrap(student), wrap(teacher), self.sequences, self.validation, seed)
+    def _weights(self, student: Any, teacher: Crm | Llm | None, seed: int) -> dict[str, Any]:
+        if teacher is None:
+            return {}
+        return {"weights": weight_statistics(wrap(student), teacher, self.sequences, self.validation, seed)}
 
     def _info(self, model: Any, result: LoopResult | None, **more: Any) -> dict[str, Any]:
         return info_of(model, result, self.validation, self.cut, **more)

@@ -31,7 +31,9 @@ class Comparison:
     models: {model: {metric: {"value", "ci95": [low, high], "n": cases, "per_seed": [mean per seed], "sd": between seeds
     (null for one), "n_seeds"}}}.
     differences: one per pair and metric, {"model", "against", "metric", "value": model - against, "ci95", "n": users,
-    "p", "p_holm": adjusted over the pairs of that metric, "users_changed", "relative": value / against, or null}.
+    "p", "p_holm": adjusted over the pairs of that metric, "users_changed", "relative": value / against, or null,
+    "per_seed": differences of the runs in order (against a single run, of each), or null where the two have other
+    numbers of runs, "sd": between those, null for one}.
     protocols: {model: block}, seeds of all its tables joined.  mixed: fields in which they differ.
     unpaired: pairs that do not share their users and were not tested.
     """
@@ -273,6 +275,15 @@ def _differences(
                     "p_holm": float(p_holm),
                     "users_changed": result.n_changed,
                     "relative": result.difference.value / base if base else None,
+                    **_differences_of_seeds(values[a][metric], values[b][metric]),
                 }
             )
     return rows
+
+
+def _differences_of_seeds(model: np.ndarray, against: np.ndarray) -> dict[str, Any]:
+    """{"per_seed", "sd"} of values (S, U) and (S', U)."""
+    if len(model) != len(against) and 1 not in (len(model), len(against)):
+        return {"per_seed": None, "sd": None}
+    found = _over_seeds(model.mean(axis=1) - against.mean(axis=1))
+    return {key: found[key] for key in ("per_seed", "sd")}

@@ -12,11 +12,11 @@ from support.tiny_decoder import patterned_log, write_tiny_decoder
 import recollect
 from recollect.data.examples import training_sequences
 from recollect.data.splits import leave_one_out
-from recollect.distill.config import METHODS
+from recollect.distill.config import METHODS, DistillConfig
 from recollect.distill.ensemble import WeightChoice, mixed_scores
 from recollect.distill.factors import Factors
 from recollect.distill.fused import fused_distillation_loss
-from recollect.distill.learners import Crm, Llm, SampleTeacher, trained_samples, weights_hash, wrap
+from recollect.distill.learners import Crm, KeptStates, Llm, SampleTeacher, trained_samples, weights_hash, wrap
 from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.losses import distillation_loss
 from recollect.distill.rounds import Strength, train_half
@@ -205,7 +205,7 @@ def test_a_killed_run_resumes_to_the_same_report(decoder, tmp_path):
     assert {"teacher_alone", "teacher_distilled"} <= set(stored["shuffled_histories"])
     assert all(-1 <= entry["cosine"] <= 1 for entry in stored["shuffled_histories"].values())
     masks = stored["other_mask"]
-    assert set(masks) == {"teacher_alone", "teacher_distilled"}
+    assert set(masks) == {"teacher_alone", "teacher_distilled", "labels-only/teacher"}
     for name, both in masks.items():
         own = stored["models"][name]["ndcg@10"]
         assert [both["own"]["value"], *both["own"]["ci95"]] == pytest.approx([own["value"], *own["ci95"]], abs=1e-12)
@@ -222,6 +222,12 @@ def test_a_killed_run_resumes_to_the_same_report(decoder, tmp_path):
     assert "Sample weights after round 1" in page
     assert "Validation ndcg@10 per round" in page
     assert "full ranking of the" in page
+
+
+def recipes(folder):
+    """{key: recipe} of every stage in a run folder."""
+    paths = (folder / "stages").glob("*/stage.json")
+    return {path.parent.name.rpartition("-")[2]: read_json(path)["recipe"] for path in paths}
 
 
 def stage(folder, kind, number):
@@ -243,6 +249,7 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
     expected = {f"{method}/{side}" for method in both for side in ("student", "teacher")}
     expected |= {"down-only/teacher", "up-only/student", "mutual/student", "popularity/student"}
     expected |= {"label-smoothing/student", "dllm2rec/student", "llm-srec/teacher"}
+    expected |= {"labels-only/student", "labels-only/teacher"}
     assert expected <= set(models)
     assert len(report.sections["half_rounds"]) == len(METHODS)
     details = report.sections["rows"]
@@ -258,6 +265,21 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
     assert sum(path.name.startswith("crossfit-") for path in trained) == 1
     budget = {name: len(halves[0]) for name, halves in report.sections["half_rounds"].items()}
     assert {budget[name] for name in ("self", "up-only", "popularity", "label-smoothing")} == {SMALL["rounds"]}
+    assert budget["labels-only"] == 2 * SMALL["rounds"]
+    plan = recollect.distill(LOG, dry_run=True, teacher=str(decoder), compare=("all",), **SMALL).ledger
+    made = [path.name.rpartition("-")[0] for path in (tmp_path / "run" / "stages").iterdir()]
+    assert plan["downward_half_rounds_per_seed"] == made.count("llm-down")
+    assert plan["upward_half_rounds_per_seed"] == made.count("crm-up") + made.count("crm-constant")
+    assert report.protocol["folds"] == 2
+    assert not (tmp_path / "run" / "teacher-states").exists()
+    at_once = [
+        recipe for recipe in recipes(tmp_path / "run").values() if recipe["kind"] in ("crm-mutual", "crm-dllm2rec")
+    ]
+    assert [recipe["patience"] for recipe in at_once] == [SMALL["rounds"] * DistillConfig.round_patience] * 2
+    first = report.sections["half_rounds"]["self"][0][0]["stage"]
+    teacher = recipes(tmp_path / "run")[first]["teacher"]
+    taught = read_json(tmp_path / "run" / "stages" / f"crm-{teacher}" / "stage.json")["info"]
+    assert details["self_distilled"]["teacher_validation"] == [taught["validation"]]
     by_key = {path.name.rpartition("-")[2]: path for path in (tmp_path / "run" / "stages").iterdir()}
     seen = set()
     for recipe, llm in stage(tmp_path / "run", "llm-down", 2):
@@ -268,6 +290,46 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
         seen.add(recipe["embedding"] == recipe["teacher"])
     assert seen == {True, False}  # re-injected; with no-update those of round 0
     assert type(wrap(crm)) is Crm
+
+
+def test_labels_only_is_the_alternation_with_a_lambda_of_zero(decoder, tmp_path):
+    """With lambda 0 the alternation itself is that control, bit for bit; with the default it is another model."""
+    options = {**SMALL, "teacher": str(decoder), "compare": ("none",)}
+    zero = recollect.distill(LOG, out=tmp_path / "zero", strength_down=0.0, strength_up=0.0, **options)
+    models = zero.sections["models"]
+    for side in ("student", "teacher"):
+        assert models[f"labels-only/{side}"] == models[f"{side}_distilled"]
+    taught = recollect.distill(LOG, out=tmp_path / "taught", **options).sections["models"]
+    for side in ("student", "teacher"):
+        assert taught[f"labels-only/{side}"] == models[f"labels-only/{side}"]
+        assert taught[f"{side}_distilled"] != models[f"{side}_distilled"]
+
+
+def test_the_llm_is_trained_on_labels_only_where_another_row_trains_it(decoder, tmp_path):
+    options = {**SMALL, "rounds": 1, "teacher": str(decoder), "compare": ("none",)}
+    report = recollect.distill(LOG, out=tmp_path / "run", method="up-only", **options)
+    assert "labels-only/student" in report.sections["models"]
+    assert "labels-only/teacher" not in report.sections["models"]
+    assert not list((tmp_path / "run" / "stages").glob("llm-down-*"))
+
+
+def test_a_teacher_kept_between_half_rounds_is_read_once_and_teaches_the_same(decoder, tmp_path, monkeypatch):
+    crm = student()
+    llm, loop = Llm(reader(decoder, crm)), dataclasses.replace(LOOP, epochs=1)
+    kept = KeptStates(tmp_path / "kept")
+
+    def two_rounds(read):
+        models = [student(), student(3)]
+        for model in models:
+            train_half(Crm(model), llm, SEQUENCES, how=Strength(), loop=loop, scratch=tmp_path / "scratch", read=read)
+        return [weights_hash(model.module, trained=True) for model in models]
+
+    expected = two_rounds(None)
+    reads = []
+    whole = SampleTeacher.cached.__func__
+    monkeypatch.setattr(SampleTeacher, "cached", classmethod(lambda *given: reads.append(1) or whole(*given)))
+    assert two_rounds(kept) == expected
+    assert len(reads) == 1
 
 
 def test_a_run_folder_may_move_whatever_its_models_refer_to(decoder, tmp_path, monkeypatch):

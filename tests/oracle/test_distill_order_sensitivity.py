@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support.tiny_decoder import patterned_log
 
 from recollect.data import leave_one_out
@@ -29,12 +30,12 @@ def sensitivity_of(model, folder):
 
 def test_shuffling_keeps_the_items_of_a_history_and_is_the_same_every_time():
     histories = CASES.histories()
-    mixed = shuffled(histories, 3)
+    mixed = shuffled(histories, 50, 3)
     assert all(np.array_equal(np.sort(one), np.sort(two)) for one, two in zip(histories, mixed, strict=True))
     assert sum(not np.array_equal(one, two) for one, two in zip(histories, mixed, strict=True)) > 30
-    again = shuffled(histories[::-1], 3)[::-1]
+    again = shuffled(histories[::-1], 50, 3)[::-1]
     assert all(np.array_equal(one, two) for one, two in zip(mixed, again, strict=True))
-    assert any(not np.array_equal(one, two) for one, two in zip(mixed, shuffled(histories, 4), strict=True))
+    assert any(not np.array_equal(one, two) for one, two in zip(mixed, shuffled(histories, 50, 4), strict=True))
 
 
 def test_a_model_of_sets_keeps_its_user_vectors_and_a_model_of_sequences_does_not(tmp_path):
@@ -53,14 +54,32 @@ def test_a_model_of_sets_keeps_its_user_vectors_and_a_model_of_sequences_does_no
     assert found["shuffled"] == expected
     histories = CASES.histories()
     assert user_cosine(model, histories, histories) == pytest.approx(1.0, abs=1e-5)
-    vectors = [model.user_states(one).numpy() for one in (histories, shuffled(histories, 0))]
+    vectors = [model.user_states(one).numpy() for one in (histories, shuffled(histories, 12, 0))]
     norms = [np.linalg.norm(rows, axis=1) for rows in vectors]
     assert found["cosine"] == pytest.approx(((vectors[0] * vectors[1]).sum(axis=1) / norms[0] / norms[1]).mean())
 
 
-def test_what_was_measured_is_kept_and_what_an_older_run_lacks_is_added(tmp_path):
+def test_only_the_items_that_a_model_reads_change_places(tmp_path):
+    """A model of sets that reads 3 items loses nothing: were the whole history shuffled, it would read other items."""
+    histories = CASES.histories()
+    assert min(map(len, histories)) > 3
+    for history, mixed in zip(histories, shuffled(histories, 3, 0), strict=True):
+        assert np.array_equal(history[:-3], mixed[:-3])
+        assert np.array_equal(np.sort(history[-3:]), np.sort(mixed[-3:]))
+    bag = BPR(BPRConfig(hidden=8, epochs=2, max_length=3)).fit(LOG, SPLIT)
+    with torch.no_grad():
+        bag.module.inputs.weight.mul_(64).round_().div_(64)  # sums of such numbers do not depend on their order
+    found = sensitivity_of(bag, tmp_path)
+    assert found["shuffled"] == evaluate_ranker(bag, LOG, SPLIT, ks=(10,)).mean("ndcg@10")
+    assert found["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert torch.equal(bag.user_states(histories), bag.user_states(shuffled(histories, 3, 0)))
+    assert not torch.equal(bag.user_states(histories), bag.user_states(shuffled(histories, 50, 0)))
+
+
+def test_what_was_measured_is_kept_and_what_was_measured_in_another_way_is_not_read(tmp_path):
     model = BPR(BPRConfig(hidden=8, epochs=1)).fit(LOG, SPLIT)
-    write_json(tmp_path / "shuffled-ndcg-10.json", {"shuffled": 0.125})
+    write_json(tmp_path / "shuffled-ndcg-10.json", {"shuffled": 9.0, "cosine": 9.0})  # whole histories were shuffled
     found = sensitivity_of(model, tmp_path)
-    assert found == {"shuffled": 0.125, "cosine": pytest.approx(1.0, abs=1e-5)}
+    assert found["shuffled"] <= 1
+    assert found["cosine"] == pytest.approx(1.0, abs=1e-5)
     assert sensitivity_of(None, tmp_path) == found
