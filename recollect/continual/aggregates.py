@@ -17,7 +17,7 @@ Source: trace_benchmark 6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -130,16 +130,20 @@ def score_matrix(values: np.ndarray) -> np.ndarray:
 
 
 def summarize(
-    matrix: np.ndarray, untouched: np.ndarray | None = None, floors: Mapping[str, float] | np.ndarray | None = None
+    matrix: np.ndarray,
+    untouched: np.ndarray | None = None,
+    floors: Mapping[str, float] | np.ndarray | None = None,
+    tasks: Sequence[str] | None = None,
 ) -> Aggregates:
     """Every aggregate of one matrix (T, T).
 
     Args:
         untouched: (T,) scores before any training, for forward transfer.
-        floors: (T,) trivial scores in the order of the tasks (a mapping is taken in its own order), for OP_norm.
+        floors: (T,) trivial scores in the order of the tasks, or by the names in `tasks`; for OP_norm.
+        tasks: names of the matrix's tasks in order; needed where floors have names.
 
     Raises:
-        InputError: the matrix is malformed or lengths differ.
+        InputError: the matrix is malformed, lengths differ, or floors by name are not those of `tasks`.
     """
     matrix = score_matrix(matrix)
     n_tasks = len(matrix)
@@ -155,9 +159,17 @@ def summarize(
         "op_norm": None,
     }
     if floors is not None:
-        given = list(floors.values()) if isinstance(floors, Mapping) else floors
+        given = _in_order(floors, tasks) if isinstance(floors, Mapping) else floors
         values["op_norm"] = normalized_performance(matrix, _floors(given, n_tasks))
     return Aggregates(**{name: _number(value) for name, value in values.items()})
+
+
+def _in_order(floors: Mapping[str, float], tasks: Sequence[str] | None) -> list[float]:
+    """Floors by name in the order of the tasks."""
+    if tasks is None or sorted(floors) != sorted(tasks):
+        known = "none" if tasks is None else ", ".join(tasks)
+        raise InputError(f"floors are of {', '.join(floors)}, the tasks given are {known}; give the same names")
+    return [floors[name] for name in tasks]
 
 
 def _per_task(name: str, values: Any, n_tasks: int) -> np.ndarray:

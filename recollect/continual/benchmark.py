@@ -60,12 +60,13 @@ class Benchmark(Protocol):
     """The tasks of a run.
 
     names: of the tasks, in order.  folder: of the decoder.  pad_id: what batches are padded with.  loss_label: unit of
-    the training loss.
+    the training loss.  clusters_span_tasks: equal labels of `clusters` in two tasks are one cluster.
     """
 
     names: tuple[str, ...]
     folder: Path
     loss_label: str
+    clusters_span_tasks: bool
 
     @property
     def pad_id(self) -> int: ...
@@ -76,7 +77,7 @@ class Benchmark(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that is read of the data, in order."""
+        """SHA-256 over everything that is read of the tasks' data, in order."""
         ...
 
     def sizes(self) -> dict[str, tuple[int, int, int]]:
@@ -89,6 +90,10 @@ class Benchmark(Protocol):
 
     def general_rows(self) -> Sequence[Example]:
         """Rows of no task that replay may mix in."""
+        ...
+
+    def general_fingerprint(self) -> str:
+        """SHA-256 over what these rows are made of; `fingerprint` leaves them out, for most methods never see them."""
         ...
 
     def open_learner(self) -> OpenedLearner:

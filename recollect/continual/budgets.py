@@ -23,6 +23,7 @@ from recollect.continual.adapters.config import (
     TaskGatedConfig,
     config_to_dict,
     largest_common_rank,
+    with_rank,
 )
 from recollect.continual.entries import Entry
 from recollect.continual.methods.registry import MethodSpec, method_spec
@@ -74,6 +75,11 @@ class BudgetRow:
         options = config_to_dict(self.entry.adapter)
         return {name: options[name] for name in names}
 
+    def kept(self) -> dict[str, float]:
+        """What else moves an update, not searched: its scale, dropout and the coefficient of load balancing."""
+        adapter = self.entry.adapter
+        return {"scaling": adapter.scaling, "dropout": adapter.dropout, "balance": adapter.balance}
+
 
 @dataclass(frozen=True)
 class BudgetTable:
@@ -101,6 +107,7 @@ class BudgetTable:
                     "trained_mismatch": row.mismatch("trained"),
                     "activated_mismatch": row.mismatch("activated"),
                     "chosen": row.chosen(),
+                    "kept": row.kept(),
                 }
                 for row in self.rows
             },
@@ -118,23 +125,37 @@ class BudgetTable:
     def panel(self) -> dict[str, Any]:
         """The table for people."""
         first = self.rows[0].against
-        shape = f"rank {self.reference.rank}, experts {self.reference.experts}"
+        held = self.reference
+        shape = f"rank {held.rank}, experts {held.experts}"
+        moves: list[Any] = [held.scaling, held.dropout, held.balance]
         rows: list[list[Any]] = [
-            [f"{REFERENCE} (reference)", first.trained, "", first.activated, "", first.router, shape]
+            [f"{REFERENCE} (reference)", first.trained, "", first.activated, "", first.router, shape, *moves]
         ]
         for row in self.rows:
             budget, options = row.budget, row.chosen()
             chosen = ", ".join(f"{name} {value}" for name, value in options.items() if value not in (None, 0))
             shares = [f"{row.mismatch(metric):+.1%}" for metric in ("trained", "activated")]
             sizes = [budget.trained, shares[0], budget.activated, shares[1], budget.router]
-            rows.append([row.entry.name, *sizes, chosen])
+            rows.append([row.entry.name, *sizes, chosen, *row.kept().values()])
         return {
             "kind": "table",
             "title": f"Matched budgets after {self.n_tasks} tasks",
-            "columns": ["method", "trained", "off by", "per token", "off by", "routers", "chosen"],
+            "columns": [
+                "method",
+                "trained",
+                "off by",
+                "per token",
+                "off by",
+                "routers",
+                "chosen",
+                "scale",
+                "dropout",
+                "balance",
+            ],
             "rows": rows,
             "note": f"Made equal: {self.metric}. Counted is what is kept after the last task: experts of every growth, "
-            "pairs of every task, common adapters and what they absorbed (at most). Routers are not matched.",
+            "pairs of every task, common adapters and what they absorbed (at most). Routers are not matched. Scale: "
+            "alpha / rank of the update, which stays as ranks change. Balance: coefficient of the load-balancing loss.",
             "terminal": True,
         }
 
@@ -146,7 +167,7 @@ class BudgetTable:
             found.append(
                 f"budget of {row.entry.name}: {row.budget.trained:,} trained ({row.mismatch('trained'):+.1%}), "
                 f"{row.budget.activated:,} activated ({row.mismatch('activated'):+.1%}) after {self.n_tasks} tasks; "
-                f"{options}"
+                f"{options}; " + ", ".join(f"{name} {value:g}" for name, value in row.kept().items())
             )
         return found
 
@@ -278,7 +299,11 @@ def _has_routers(adapter: MoELoraConfig) -> bool:
 
 
 def _nearest(entry: Entry, wanted: Budget, linears: Mapping[str, Linears], n_tasks: int, metric: Metric) -> Entry:
-    """The entry with the options that suit best: within 5 % those that keep most of what the method is."""
+    """The entry with the options that suit best: within 5 % those that keep most of what the method is.
+
+    Of SD-LoRA-MoE, that something is absorbed and one common adapter is frozen at least, then the common rank it was
+    asked for (the spec's 8) where the budget has room for it.
+    """
 
     def cost(adapter: MoELoraConfig) -> tuple[float, ...]:
         found = BudgetRow(entry, budget_of(entry.spec, adapter, n_tasks, linears), wanted)
@@ -286,8 +311,18 @@ def _nearest(entry: Entry, wanted: Budget, linears: Mapping[str, Linears], n_tas
         far = mismatch if mismatch > LARGEST_MISMATCH else 0.0
         if isinstance(adapter, SDLoraMoEConfig):
             d_in, d_out, _ = next(iter(_wrapped(adapter, linears).values()))
-            always = adapter.common_rank + absorbed_rank(adapter, d_in, d_out, n_tasks)
-            return far, float(adapter.absorb_rank == 0), -float(min(adapter.rank, always)), mismatch
+            absorbed = absorbed_rank(adapter, d_in, d_out, n_tasks)
+            asked = entry.adapter
+            assert isinstance(asked, SDLoraMoEConfig)
+            return (
+                far,
+                float(absorbed == 0),
+                float(absorbed < adapter.common_rank),  # no common adapter is ever frozen
+                abs(adapter.common_rank - asked.common_rank),
+                abs(adapter.absorb_rank - asked.absorb_rank),
+                -float(min(adapter.rank, adapter.common_rank + absorbed)),
+                mismatch,
+            )
         return far, other if adapter.grow else 0.0, abs(adapter.experts - entry.adapter.experts), mismatch
 
     candidates = list(_candidates(entry, wanted, linears, n_tasks, metric))
@@ -301,25 +336,33 @@ def _candidates(
     if "rank" in entry.given:
         yield entry.adapter
         return
-    for shape in _shapes(entry, n_tasks, metric):
+    for shape in _shapes(entry, wanted, linears, n_tasks, metric):
         one, two = (
             getattr(budget_of(entry.spec, replace(shape, rank=rank), n_tasks, linears), metric) for rank in (1, 2)
         )
         rank = (getattr(wanted, metric) - one) / (two - one) + 1  # counts are linear in the rank
         for whole in sorted({max(1, int(rank)), max(1, int(rank) + 1)}):
-            yield replace(shape, rank=whole, alpha=shape.alpha * whole / shape.rank)
+            yield with_rank(shape, whole)
 
 
-def _shapes(entry: Entry, n_tasks: int, metric: Metric) -> Iterator[MoELoraConfig]:
+def _shapes(
+    entry: Entry, wanted: Budget, linears: Mapping[str, Linears], n_tasks: int, metric: Metric
+) -> Iterator[MoELoraConfig]:
     adapter = entry.adapter
     if isinstance(adapter, SDLoraMoEConfig):
+        wrapped = _wrapped(adapter, linears).values()
+        smallest = min(min(d_in // adapter.heads, d_out) for d_in, d_out, _ in wrapped)
+        one_row = sum(count * (d_in + d_out) for d_in, d_out, count in wrapped)  # of the common pair, always on
+        most = min(smallest - 1, max(1, getattr(wanted, metric) // one_row))
         common = [adapter.common_rank] if "common_rank" in entry.given else range(1, adapter.common_rank + 1)
-        moved = [adapter.absorb_rank] if "absorb_rank" in entry.given else range(adapter.absorb_rank + 1)
+        is_capped = "common_rank_max" in entry.given  # else the cap says what is absorbed in all
+        is_fixed = "absorb_rank" in entry.given or not is_capped
+        moved = [adapter.absorb_rank] if is_fixed else range(adapter.absorb_rank + 1)
         for rank in common:
             for directions in moved:
                 caps: Sequence[int | None] = [adapter.common_rank_max]
-                if metric == "activated" and "common_rank_max" not in entry.given:
-                    caps = [None, *range(rank, rank + n_tasks * (rank + directions))]
+                if not is_capped:
+                    caps = [None, *range(rank, min(most, rank + n_tasks * (rank + directions)) + 1)]
                 for cap in caps:
                     if cap is None or cap >= rank:
                         yield replace(adapter, common_rank=rank, absorb_rank=directions, common_rank_max=cap)
@@ -345,7 +388,7 @@ def _refusal(
         f"within {LARGEST_MISMATCH:.0%}: nearest is {options} with {found:,} ({row.mismatch(metric):+.1%})"
     )
     for rank in range(reference.rank + 1, _LARGEST_FACTOR * reference.rank + 1):
-        other = replace(reference, rank=rank, alpha=reference.alpha * rank / reference.rank)
+        other = with_rank(reference, rank)
         goal = budget_of(method_spec(REFERENCE), other, n_tasks, linears)
         rest = [_nearest(entry, goal, linears, n_tasks, metric) for entry in entries if entry.name != REFERENCE]
         rows = (BudgetRow(one, budget_of(one.spec, one.adapter, n_tasks, linears), goal) for one in rest)

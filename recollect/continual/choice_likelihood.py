@@ -38,6 +38,8 @@ def continuation_log_likelihoods(
     """
     import torch
 
+    from recollect.continual.joined_rows import mixed_products
+
     prompt_ids = tokens.encode_prompt(prompt)
     rows = []
     for option in options:
@@ -53,7 +55,7 @@ def continuation_log_likelihoods(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mixed_products(model):
             logits = model(
                 input_ids=torch.from_numpy(batch.input_ids).to(device),
                 attention_mask=torch.from_numpy(batch.attention_mask).to(device),

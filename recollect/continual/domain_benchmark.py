@@ -52,6 +52,7 @@ class DomainBenchmark:
     """
 
     loss_label = "nats per predicted item"
+    clusters_span_tasks = True
 
     def __init__(self, config: ContinualConfig) -> None:
         self.config = config
@@ -128,6 +129,10 @@ class DomainBenchmark:
         """There are none."""
         return ()
 
+    def general_fingerprint(self) -> str:
+        """Of no rows."""
+        return sha256_text(canonical_json([]))
+
     def open_learner(self) -> DomainLearner:
         """The bare decoder over items."""
         from recollect.continual.domain_learner import open_domain_learner
@@ -155,8 +160,12 @@ class DomainBenchmark:
         return Examination(one.cases, lists, TaskScores(task, PRIMARY, ranked.items, settings))
 
     def clusters(self) -> dict[str, np.ndarray]:
-        """A user has one case in a task, so every case moves by itself."""
-        return {name: np.arange(len(task.cases)) for name, task in self.tasks.items()}
+        """The users: each has one case in a task, and those of one user in several tasks move together."""
+        numbers: dict[str, int] = {}
+        return {
+            name: np.array([numbers.setdefault(case.user, len(numbers)) for case in task.cases], dtype=np.int64)
+            for name, task in self.tasks.items()
+        }
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What each task holds."""
@@ -173,6 +182,8 @@ class DomainBenchmark:
             "item_vectors": config.item_vectors,
             "score": f"{SCALE:g} cos(h + {AROUND:g} u, item vector): h the last hidden state, u the mean of the last "
             f"{LAST_ITEMS} items' vectors, both of length 1; nothing but adapters is learnt",
+            "arithmetic": config.precision,
+            "cases_at_a_time": config.eval_batch,
             "max_history": config.max_history,
             "holdout": HOLDOUTS[config.holdout],
             "candidates": "full ranking of the task's catalogue, target never masked",

@@ -8,7 +8,7 @@ from typing import Any
 
 from recollect.config import Option, from_text, options_of, read_options, to_dict
 from recollect.continual.adapters.config import MoELoraConfig, config_to_dict
-from recollect.continual.methods.config import MethodConfig
+from recollect.continual.methods.config import MethodConfig, ReplayConfig
 from recollect.continual.methods.registry import MethodSpec, method_spec
 from recollect.errors import ConfigError
 
@@ -29,6 +29,11 @@ class Entry:
     def name(self) -> str:
         """Of the method."""
         return self.spec.name
+
+    @property
+    def reads_general_rows(self) -> bool:
+        """Whether it trains on rows of no task where there are some."""
+        return isinstance(self.options, ReplayConfig) and self.options.general
 
     def describe(self) -> dict[str, Any]:
         """What must be equal for finished rounds to be kept, JSON-ready."""

@@ -1,7 +1,8 @@
 """From finished sequences to their report: matrices, aggregates with intervals, floors, per-task scores, cost.
 
-Intervals resample test examples (rows with one prompt move together) and training seeds; differences between methods
-are paired over both.  Every score stands beside what a predictor without a model gets.
+Intervals join what test examples (rows with one prompt move together) and training seeds make uncertain, see
+`trace_intervals`; differences between methods are paired over both.  Every score stands beside what a predictor without
+a model gets.
 Source: trace_benchmark 6, 8, 9.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,14 @@ SEEDS_FOR_A_CLAIM = 3
 FLOORS = "no model (floors)"
 
 
+class Resampling(NamedTuple):
+    """What `trace_intervals` needs to know of the test examples."""
+
+    clusters: Mapping[str, np.ndarray]
+    across_tasks: bool
+    seed: int
+
+
 def make_report(
     config: ContinualConfig,
     entries: Sequence[Entry],
@@ -44,10 +53,9 @@ def make_report(
     floors = benchmark.floors
     values = np.array([floors[name].value for name in benchmark.names])
     floor_values = np.where(values < 1.0, values, np.nan)  # nothing lies above a perfect floor
-    clusters = benchmark.clusters()
+    how = Resampling(benchmark.clusters(), benchmark.clusters_span_tasks, config.seed)
     methods = {
-        entry.name: method_section(entry, results[entry.name], benchmark.names, floor_values, clusters, config.seed)
-        for entry in entries
+        entry.name: method_section(entry, results[entry.name], benchmark.names, floor_values, how) for entry in entries
     }
     first = entries[0].name
     main = methods[first]
@@ -60,7 +68,7 @@ def make_report(
         "task_facts": benchmark.facts(),
         "training_rows": {one.name: {**one.facts(), "epochs": one.epochs} for one in rows},
         "methods": methods,
-        "differences": differences(entries, results, floor_values, clusters, config.seed),
+        "differences": differences(entries, results, floor_values, how),
         "run": manifest,
     }
     baselines = {name: methods[name]["aggregates"] for name in methods if name != first}
@@ -88,12 +96,11 @@ def method_section(
     results: Sequence[SequenceResult],
     tasks: Sequence[str],
     floors: np.ndarray,
-    clusters: Mapping[str, np.ndarray],
-    seed: int,
+    how: Resampling,
 ) -> dict[str, Any]:
     """What the report says of one method: means over seeds, each seed, cost."""
     runs = [result.scores for result in results]
-    intervals = aggregate_intervals(runs, floors=floors, clusters=clusters, seed=seed)
+    intervals = aggregate_intervals(runs, floors=floors, **how._asdict())
     mean = np.stack([run.rounds for run in runs]).mean(axis=0)
     each = per_seed(runs, floors)
     return {
@@ -137,15 +144,14 @@ def differences(
     entries: Sequence[Entry],
     results: Mapping[str, Sequence[SequenceResult]],
     floors: np.ndarray,
-    clusters: Mapping[str, np.ndarray],
-    seed: int,
+    how: Resampling,
 ) -> list[dict[str, Any]]:
     """The first method minus each other one, paired over test examples and seeds."""
     first, *others = (entry.name for entry in entries)
     found = []
     for other in others:
         pair = ([result.scores for result in results[name]] for name in (first, other))
-        intervals = difference_intervals(*pair, floors=floors, clusters=clusters, seed=seed)
+        intervals = difference_intervals(*pair, floors=floors, **how._asdict())
         found += [
             {"method": first, "against": other, "metric": metric, **interval_entry(intervals[metric])}
             for metric in HEADLINE
@@ -174,7 +180,11 @@ def protocol_of(config: ContinualConfig, benchmark: Benchmark) -> dict[str, Any]
         "benchmark": config.benchmark,
         **benchmark.protocol(),
         "seeds": list(config.all_seeds),
-        "intervals": f"95 %, {RESAMPLES} resamples of test prompts and of training seeds",
+        "intervals": (
+            f"95 %, Student's t: variance of {RESAMPLES} resamples of test prompts (domains: of users)"
+            + (f" plus that of {config.seeds} seeds by their number" if config.seeds > 1 else ", one seed")
+            + ", Satterthwaite's degrees of freedom; none for forgetting and gains counted as 0, which noise biases"
+        ),
     }
 
 
@@ -198,9 +208,10 @@ def warnings_of(
     """What a reader should know before quoting a number."""
     found, names, floors = [], benchmark.names, benchmark.floors
     if config.seeds < SEEDS_FOR_A_CLAIM:
+        what = "the intervals cover test examples, not training" if config.seeds == 1 else "their spread is a guess"
         found.append(
-            f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: the intervals cover test examples and hardly "
-            f"training; use --seeds {SEEDS_FOR_A_CLAIM} or more before claiming a difference"
+            f"{config.seeds} seed{'s' if config.seeds > 1 else ''}: {what}; use --seeds {SEEDS_FOR_A_CLAIM} or more "
+            "before claiming a difference"
         )
     found += benchmark.warnings()
     if config.evaluation == "cheap" and len(names) > 2:

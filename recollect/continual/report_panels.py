@@ -10,6 +10,7 @@ import numpy as np
 from recollect.continual.benchmark import Benchmark
 from recollect.continual.diagnostics.panels import diagnostic_panels
 from recollect.continual.entries import Entry
+from recollect.continual.methods.registry import method_spec
 from recollect.continual.run_config import ContinualConfig
 from recollect.types import Report
 
@@ -69,7 +70,8 @@ def comparison_panel(config: ContinualConfig, report: Report) -> dict[str, Any]:
         "columns": ["method", *(NAMES[key] for key in columns), "adapter parameters", "used per token"],
         "rows": rows,
         "note": "OP: mean score over all tasks at the end. BWT: mean change of earlier tasks since they were learnt; "
-        "negative is forgetting. OP above floors: 0 is what no model gets, 1 a perfect score.",
+        "negative is forgetting. OP above floors: 0 is what no model gets, 1 a perfect score. Forgetting is a maximum "
+        "over noisy scores, so above 0 for a model that forgets nothing, and has no interval: claims rest on BWT.",
     }
 
 
@@ -180,7 +182,8 @@ def variant_panel(report: Report) -> dict[str, Any]:
         "note": "OP: mean score over all tasks at the end; above floors, 0 is no model and 1 a perfect score. "
         "BWT: mean change of earlier tasks since they were learnt, negative = forgetting. "
         f"BWT divides by T-1, BWT / T by T = {n_tasks}; papers that print a positive BWT mean its negative. "
-        "Forgetting: best score before the last task minus the last.",
+        "Forgetting: best score before the last task minus the last. It and what counts gains as 0 take a maximum or "
+        "minimum of noisy scores and are off where nothing is forgotten: they have no interval, claims rest on BWT.",
     }
 
 
@@ -348,12 +351,18 @@ def cost_panel(report: Report) -> dict[str, Any]:
 
 
 def adapter_sizes(one: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts after the last task: adapters, experts, routers, what a token uses, the model; None without adapters."""
-    found = one["seeds"][0]["rounds"][-1]["parameters"]
-    counted = ("experts", "router", "activated", "total")
+    """Counts after the last task: adapters, experts, routers, what a token uses, the model; None without adapters.
+
+    Of a method that keeps a copy of its adapters for every task, all copies but for what a token uses.
+    """
+    rounds = one["seeds"][0]["rounds"]
+    found = rounds[-1]["parameters"]
     if found is None:
-        return dict.fromkeys(("own", *counted))
-    return {"own": found["total"] - found["base"], **{key: found[key] for key in counted}}
+        return dict.fromkeys(("own", "experts", "router", "activated", "total"))
+    copies = len(rounds) if method_spec(one["method"]).per_task == "copy" else 1
+    own = copies * (found["total"] - found["base"])
+    kept = {key: copies * found[key] for key in ("experts", "router")}
+    return {"own": own, **kept, "activated": found["activated"], "total": found["base"] + own}
 
 
 def ability_panel(report: Report) -> dict[str, Any]:
@@ -377,18 +386,18 @@ def ability_panel(report: Report) -> dict[str, Any]:
 
 
 def method_panel(entries: Sequence[Entry]) -> dict[str, Any]:
-    """What the methods' names mean, and what they are told or keep."""
+    """What the methods' names mean, what they are told or keep, and what else moves their updates."""
+    rows: list[list[Any]] = []
+    for entry in entries:
+        adapter, has = entry.adapter, entry.spec.has_adapters
+        moves = [adapter.scaling, adapter.dropout, adapter.balance] if has else ["–"] * 3
+        told = ["yes" if flag else "no" for flag in (entry.spec.keeps_data, entry.spec.needs_task)]
+        rows.append([entry.name, entry.spec.summary, *told, *moves])
     return {
         "kind": "table",
         "title": "What the methods are",
-        "columns": ["method", "what it is", "keeps data", "is told the task"],
-        "rows": [
-            [
-                entry.name,
-                entry.spec.summary,
-                "yes" if entry.spec.keeps_data else "no",
-                "yes" if entry.spec.needs_task else "no",
-            ]
-            for entry in entries
-        ],
+        "columns": ["method", "what it is", "keeps data", "is told the task", "scale", "dropout", "balance"],
+        "rows": rows,
+        "note": "Scale: alpha / rank of the adapters' update. Balance: coefficient of the routers' load-balancing "
+        "loss. Where they differ between methods, so do more than the methods' ideas.",
     }

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from recollect.config import build, check_same_run, run_manifest, to_dict
 from recollect.continual.benchmark import Benchmark, open_benchmark
 from recollect.continual.budgets import BudgetTable, decoder_linears, match_budgets, model_linears
 from recollect.continual.diagnostics.factors import OldExamples, choose_old
 from recollect.continual.entries import Entry, make_entries
-from recollect.continual.learner import Generation, usual_batch
+from recollect.continual.learner import Generation, best_precision, usual_batch
 from recollect.continual.report import make_report
 from recollect.continual.run_config import LOOSE, ContinualConfig
 from recollect.continual.sequence import SequenceOptions, SequenceResult, run_sequence, sequence_cells
@@ -56,10 +59,11 @@ def continual(
     """
     named = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     config = build(ContinualConfig, {"data": str(data), **named}, "the options of continual")
+    config = resolved(config)
     entries = make_entries(config.method, method_options or {}, config.set)
     progress = progress or SilentProgress()
     progress.stage("reading the tasks")
-    benchmark = open_benchmark(config, replays=any(entry.name == "replay" for entry in entries))
+    benchmark = open_benchmark(config, replays=any(entry.reads_general_rows for entry in entries))
     if config.dry_run:
         return _plan(config, entries, benchmark)
     out = prepare_out(config.out or free_folder(config.data), resume=config.resume, overwrite=config.overwrite)
@@ -78,6 +82,16 @@ def continual(
     finally:
         lock.release()
     return report
+
+
+def resolved(config: ContinualConfig) -> ContinualConfig:
+    """The options with the arithmetic and the number of answers at a time that this machine takes by itself.
+
+    Both may change an answer by rounding, so the report names them and a run continues with the same ones only.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = best_precision(config.precision, device)
+    return replace(config, precision=precision, eval_batch=config.eval_batch or usual_batch())
 
 
 def free_folder(data: str) -> Path:

@@ -164,6 +164,8 @@ class _Run:
     def _claim_folder(self) -> None:
         path = self.folder / METHOD_FILE
         wanted = self.entry.describe()
+        if self.entry.reads_general_rows:
+            wanted["general_rows"] = self.benchmark.general_fingerprint()
         if path.is_file() and (held := read_json(path)) != wanted:
             differing = [key for key in wanted if held.get(key) != wanted[key]]
             raise ResumeRefused(

@@ -34,6 +34,7 @@ class TraceBenchmark:
     """
 
     loss_label = "nats per answer token"
+    clusters_span_tasks = False
 
     def __init__(self, config: ContinualConfig, *, replays: bool) -> None:
         self.config = config
@@ -50,7 +51,9 @@ class TraceBenchmark:
         self.folder: Path = decoder_folder(config.backbone)
         self.tokens = open_tokens(self.folder, config.template, self.lengths)
         self.general = _general(config) if replays else ()
-        self.floors = trace_floors(self.data)
+        self.floors = trace_floors(
+            self.data, similarity_backend=config.similarity_backend, sari_source=config.sari_source
+        )
 
     @property
     def pad_id(self) -> int:
@@ -58,13 +61,17 @@ class TraceBenchmark:
         return self.tokens.pad_id
 
     def fingerprint(self) -> str:
-        """SHA-256 over every record that is read, in order."""
+        """SHA-256 over every record of a task that is read, in order."""
         parts = [
             [name, split, [record[:2] for record in getattr(one, split)]]
             for name, one in self.data.items()
             for split in ("train", "test")
         ]
-        return sha256_text(canonical_json([*parts, [record[:2] for record in self.general]]))
+        return sha256_text(canonical_json(parts))
+
+    def general_fingerprint(self) -> str:
+        """SHA-256 over the instructions of Lima that are read."""
+        return sha256_text(canonical_json([record[:2] for record in self.general]))
 
     def sizes(self) -> dict[str, tuple[int, int, int]]:
         """{task: (training rows, epochs, test examples)}."""
@@ -128,7 +135,9 @@ class TraceBenchmark:
             "tasks": list(self.names),
             "backbone": config.backbone,
             "evaluation": config.evaluation,
+            "arithmetic": config.precision,
             "answers": "greedy" if not config.temperature else f"sampled at temperature {config.temperature:g}",
+            "answers_at_a_time": config.eval_batch,
             "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
             "loss_on": config.loss_on,
             "optimiser": "AdamW, anew for each task (the benchmark's own LoRA run keeps its state)",

@@ -11,11 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from recollect.continual.metric_accuracy import first_number, option_letter
+from recollect.continual.metric_edit import SimilarityBackend
 from recollect.continual.trace_data import TraceData, TraceRecord
 from recollect.continual.trace_prompts import paragraph
-from recollect.continual.trace_scores import score_task
+from recollect.continual.trace_scores import SariSource, score_task
 from recollect.continual.trace_tasks import TraceTask
 
 TRANSCRIPT_CHARACTERS = 300
@@ -96,17 +98,40 @@ _PREDICTORS: dict[str, dict[str, Predictor]] = {
 }
 
 
-def task_floor(task: TraceTask, train: Sequence[TraceRecord], test: Sequence[TraceRecord]) -> Floor:
-    """Fit the trivial predictors of a task on `train` and score them on `test`; the first named is the floor."""
+def task_floor(
+    task: TraceTask,
+    train: Sequence[TraceRecord],
+    test: Sequence[TraceRecord],
+    *,
+    similarity_backend: SimilarityBackend = "difflib",
+    sari_source: SariSource = "prompt",
+) -> Floor:
+    """Fit the trivial predictors of a task on `train` and score them on `test`; the first named is the floor.
+
+    Args:
+        similarity_backend, sari_source: see `score_task`.
+    """
     predictors = _PREDICTORS[task.metric if task.answer == "text" else task.answer]
     scores = {
-        name: score_task(task, test, [predict(record) for record in test]).value
+        name: score_task(
+            task,
+            test,
+            [predict(record) for record in test],
+            similarity_backend=similarity_backend,
+            sari_source=sari_source,
+        ).value
         for name, predict in ((name, make(task, train)) for name, make in predictors.items())
     }
     first, *_ = scores
     return Floor(task.name, first, scores.pop(first), scores)
 
 
-def trace_floors(data: Mapping[str, TraceData]) -> dict[str, Floor]:
-    """The floor of every task, in the order given."""
-    return {name: task_floor(one.task, one.train, one.test) for name, one in data.items()}
+def trace_floors(
+    data: Mapping[str, TraceData],
+    *,
+    similarity_backend: SimilarityBackend = "difflib",
+    sari_source: SariSource = "prompt",
+) -> dict[str, Floor]:
+    """The floor of every task, in the order given, scored as the answers are."""
+    how: Any = {"similarity_backend": similarity_backend, "sari_source": sari_source}
+    return {name: task_floor(one.task, one.train, one.test, **how) for name, one in data.items()}

@@ -2,16 +2,23 @@
 
 Scores come from a few dozen to a few hundred test examples a task and from a few training seeds.  A draw takes clusters
 of test examples with replacement inside each task (the same ones for every round, seed and method, since all answered
-the same examples) and training seeds with replacement; the aggregate is computed anew from the means.  Draws depend on
-(seed, task, number of clusters) alone, so methods are compared on common draws.
+the same examples); the aggregate is computed anew from the means.  Draws depend on (seed, task, number of clusters)
+alone, so methods are compared on common draws.  Where clusters reach over tasks (a user with a case in several) one
+draw of clusters serves all tasks; a task of which it holds none keeps its mean.
 
-With three seeds the part of the interval that is due to training is too narrow: three values cannot show their spread.
-`per_seed` values are to be printed beside it.
-Source: trace_benchmark 9 ("bootstrap 95 % CI over test items"); clusters, seeds and pairing are [our design].
+To the variance of these draws, for the mean over S seeds, comes that of the seeds: V = V_items + s² / S, with s² the
+variance of the S values.  The interval is Student's, with Satterthwaite's degrees of freedom
+V² / (V_items² / (clusters - tasks) + (s² / S)² / (S - 1)).  Resampling three seeds instead would give intervals from
+the lowest to the highest of them.  With one seed the interval speaks of test examples only.
+
+Aggregates with a maximum or minimum over noisy scores (`BIASED`) have no interval: their error does not lie around 0.
+Source: trace_benchmark 9 ("bootstrap 95 % CI over test items"); clusters, seeds and pairing are [our design], the parts
+are textbook (Satterthwaite 1946).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +27,14 @@ import numpy as np
 from recollect.continual import aggregates
 from recollect.continual.evaluation_plan import Cell
 from recollect.errors import InputError
-from recollect.eval.statistics import RESAMPLES, Interval, cluster_codes, interval_of_draws, resample_weights
+from recollect.eval.statistics import RESAMPLES, Interval, cluster_codes, resample_weights
 
 Clusters = Mapping[str, np.ndarray]
+BIASED = ("forgetting", "forgetting_nonnegative", "bwt_clipped_T")
+"""Aggregates whose expectation is off where scores are noisy: above 0 (the last: below) for a model that forgets
+nothing.  Claims rest on bwt."""
+_SAME = 1e-12
+"""Share of the largest value that sums in another order may differ by."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +108,26 @@ def aggregate_intervals(
     *,
     floors: np.ndarray | None = None,
     clusters: Clusters | None = None,
+    across_tasks: bool = False,
     n: int = RESAMPLES,
     seed: int,
 ) -> dict[str, Interval]:
-    """Mean over training seeds of every aggregate with its 95 % interval.
+    """Mean over training seeds of every aggregate with its 95 % interval; see the module's text.
 
     Args:
         runs: one method's runs, one per training seed, on the same tasks and test examples.
         clusters: {task: (n_i,) label}: examples that move together (equal or templated prompts); None or a task that
             is missing = every example by itself.
+        across_tasks: equal labels in two tasks are one cluster; every task needs labels then.
 
     Raises:
         InputError: the runs differ in tasks or test examples, or labels do not fit.
     """
     _check_alike(runs)
-    draws, weights = _resampled(runs, clusters or {}, n, seed), _seed_weights(len(runs), n, seed)
+    draws, freedom = _resampled(runs, clusters or {}, across_tasks, n, seed)
     tables = np.stack([run.rounds for run in runs])
     return {
-        name: interval_of_draws(
-            float(function(tables).mean()), (function(draws) * weights).sum(axis=-1), runs[0].n_examples
-        )
+        name: _interval(name, function(tables), function(draws), freedom, runs[0].n_examples)
         for name, function in statistics_of(floors).items()
     }
 
@@ -126,6 +138,7 @@ def difference_intervals(
     *,
     floors: np.ndarray | None = None,
     clusters: Clusters | None = None,
+    across_tasks: bool = False,
     n: int = RESAMPLES,
     seed: int,
 ) -> dict[str, Interval]:
@@ -138,15 +151,37 @@ def difference_intervals(
         raise InputError(f"{len(first)} runs against {len(second)}; pair the methods seed by seed")
     _check_alike([*first, *second])
     known = clusters or {}
-    one, other = _resampled(first, known, n, seed), _resampled(second, known, n, seed)
-    weights = _seed_weights(len(first), n, seed)
+    one, freedom = _resampled(first, known, across_tasks, n, seed)
+    other, _ = _resampled(second, known, across_tasks, n, seed)
     tables = np.stack([run.rounds for run in first]), np.stack([run.rounds for run in second])
-    result = {}
-    for name, function in statistics_of(floors).items():
-        value = float((function(tables[0]) - function(tables[1])).mean())
-        differences = ((function(one) - function(other)) * weights).sum(axis=-1)
-        result[name] = interval_of_draws(value, differences, first[0].n_examples)
-    return result
+    return {
+        name: _interval(
+            name,
+            function(tables[0]) - function(tables[1]),
+            function(one) - function(other),
+            freedom,
+            first[0].n_examples,
+        )
+        for name, function in statistics_of(floors).items()
+    }
+
+
+def _interval(name: str, values: np.ndarray, draws: np.ndarray, freedom: int, n: int) -> Interval:
+    """Of the mean of values (S,), with draws (n, S) over test examples and their degrees of freedom."""
+    from scipy.stats import t
+
+    value, n_seeds = float(values.mean()), len(values)
+    means = draws.mean(axis=-1)
+    if name in BIASED or not math.isfinite(value) or not np.isfinite(means).all() or freedom < 1:
+        return Interval(value, math.nan, math.nan, n)
+    of_items = float(means.var())
+    of_seeds = float(values.var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
+    variance = of_items + of_seeds
+    if math.sqrt(variance) <= _SAME * max(1.0, float(np.abs(values).max())):
+        return Interval(value, value, value, n)
+    terms = of_items**2 / freedom + (of_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0.0)
+    half = float(t.ppf(0.975, variance**2 / terms)) * math.sqrt(variance)
+    return Interval(value, value - half, value + half, n)
 
 
 def _check_alike(runs: Sequence[RunScores]) -> None:
@@ -161,15 +196,17 @@ def _check_alike(runs: Sequence[RunScores]) -> None:
             )
 
 
-def _seed_weights(n_seeds: int, n: int, seed: int) -> np.ndarray:
-    """Share of each training seed in each draw (n, S)."""
-    return np.concatenate(list(resample_weights(n_seeds, n, seed, name="training seeds"))) / n_seeds
-
-
-def _resampled(runs: Sequence[RunScores], clusters: Clusters, n: int, seed: int) -> np.ndarray:
-    """Mean scores under resampled examples, (n, S, T+1, T)."""
+def _resampled(
+    runs: Sequence[RunScores], clusters: Clusters, across_tasks: bool, n: int, seed: int
+) -> tuple[np.ndarray, int]:
+    """Mean scores under resampled examples, (n, S, T+1, T), and their degrees of freedom."""
     tasks = runs[0].tasks
     draws = np.full((n, len(runs), len(tasks) + 1, len(tasks)), np.nan)
+    everyone, shared, freedom = np.empty(0), np.empty((n, 0)), 0
+    if across_tasks:
+        everyone = np.unique(np.concatenate([np.asarray(clusters[name]) for name in tasks]))
+        chunks = resample_weights(len(everyone), n, seed, name="test examples of all tasks")
+        shared, freedom = np.concatenate(list(chunks)), len(everyone) - 1
     for at, name in enumerate(tasks):
         columns = [
             (number, after, np.asarray(values, dtype=np.float64))
@@ -188,9 +225,15 @@ def _resampled(runs: Sequence[RunScores], clusters: Clusters, n: int, seed: int)
         np.add.at(sums, codes, scores)
         counts = np.bincount(codes, minlength=n_clusters).astype(np.float64)
         start = 0
-        for weights in resample_weights(n_clusters, n, seed, name=f"test examples of {name}"):
+        if across_tasks:
+            chunks = iter([shared[:, np.searchsorted(everyone, np.unique(labels))]])
+        else:
+            chunks = resample_weights(n_clusters, n, seed, name=f"test examples of {name}")
+            freedom += n_clusters - 1
+        for weights in chunks:
+            weights = np.where((weights @ counts > 0)[:, None], weights, 1.0)
             means = (weights @ sums) / (weights @ counts)[:, None]
             for column, (number, after, _) in enumerate(columns):
                 draws[start : start + len(weights), number, after, at] = means[:, column]
             start += len(weights)
-    return draws
+    return draws, freedom

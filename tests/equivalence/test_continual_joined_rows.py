@@ -1,14 +1,19 @@
 """Rows joined without padding and answers that leave the batch give the numbers of padded rows and of `generate`."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
-from support.method_worlds import small_method
+from support.method_worlds import small_method, tiny_task
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from recollect.continual import greedy
+from recollect.continual.diagnostics.watching import watch
+from recollect.continual.examples import Example
 from recollect.continual.greedy import greedy_answers
 from recollect.continual.joined_rows import are_joined, is_rounded, prepare_for_cpu
-from recollect.continual.methods.objective import supervised_logits
+from recollect.continual.methods.objective import answer_loss, supervised_logits
 from recollect.errors import InputError
 
 END, WIDTH = 5, 48
@@ -125,6 +130,64 @@ def test_rounded_weights_leave_adapters_and_vocabulary_exact_and_logits_close(na
     _, found = gradients(model, method, batch)
     assert found
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_the_teacher_of_lwf_is_the_student_bit_for_bit_at_a_tasks_first_step(arithmetic):
+    model, method = decoder(), small_method("lwf", adapter={"dropout": 0.3})
+    method.prepare(model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    prepare_for_cpu(model, arithmetic)
+    assert are_joined(model)
+    assert is_rounded(model) == (arithmetic == "bf16")
+    method.before_task(tiny_task(1), model)
+    model.train()
+    batch, parameters = padded_batch(), [p for p in model.parameters() if p.requires_grad]
+    values, slopes = [], []
+    for weigh in (answer_loss, method.loss):
+        torch.manual_seed(5)
+        values.append(weigh(model, batch))
+        slopes.append(torch.autograd.grad(values[-1], parameters))
+    assert torch.equal(*values)
+    assert all(torch.equal(one, other) for one, other in zip(*slopes, strict=True))
+    assert any(bool(slope.any()) for slope in slopes[0])
+    parameters[1].data += 0.1
+    torch.manual_seed(5)
+    taught = method.loss(model, batch)
+    torch.manual_seed(5)
+    assert taught.item() > answer_loss(model, batch).item()
+
+
+@pytest.mark.parametrize("name", ["seq-lora", "mh-moe"])
+def test_a_pass_without_gradients_has_the_numbers_of_one_with_them(name):
+    model, _ = with_adapters(name, scale=0.02)
+    prepare_for_cpu(model, "bf16")
+    batch = padded_batch()
+    with torch.no_grad():
+        without = supervised_logits(model, batch)[0]
+    assert torch.equal(without, supervised_logits(model, batch)[0])
+
+
+def test_diagnostics_and_choices_of_rounded_models_are_those_of_their_losses():
+    model, _ = with_adapters("mh-moe", scale=0.02)
+    prepare_for_cpu(model, "bf16")
+    batch = padded_batch()
+    rows = [
+        Example(row[-length:].numpy(), row[-length:].numpy(), 1)
+        for row, length in zip(batch["input_ids"], LENGTHS, strict=True)
+    ]
+    old = SimpleNamespace(rows=rows, token_row=np.repeat(np.arange(len(rows)), LENGTHS))
+    seen = watch(model, old, 0).losses
+    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    wanted = []
+    for at in range(len(LENGTHS)):  # one row a time: the loss's own way, rows joined
+        one = {key: value[at : at + 1] for key, value in {**batch, "labels": labels}.items()}
+        logits, tokens = supervised_logits(model, one)
+        wanted.append(torch.nn.functional.cross_entropy(logits, tokens, reduction="none").detach().numpy())
+    assert np.allclose(seen[np.isfinite(seen)], np.concatenate(wanted), rtol=2e-3, atol=2e-3)
 
 
 def test_adapters_that_look_at_rows_and_windows_of_attention_keep_padded_rows():

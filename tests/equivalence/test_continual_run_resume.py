@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_stream
+import torch
+from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_rows, write_stream
 
+from recollect.continual.learner import best_precision, usual_batch
 from recollect.continual.methods.state_file import read_state
 from recollect.continual.run import continual
+from recollect.errors import ResumeRefused
 from recollect.progress import SilentProgress
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -152,3 +156,37 @@ def test_a_finished_run_is_not_computed_again_and_takes_further_methods_and_seed
     one = report.sections["methods"]["seq-lora"]
     assert [seed["seed"] for seed in one["seeds"]] == [0, 1]
     assert one["seeds"][0]["accuracy_matrix"] == before["matrix"]["seq-lora"]
+
+
+def test_replay_joins_a_finished_run_and_its_instructions_are_the_replays_own(world, tmp_path):
+    shutil.copytree(world / "trace", tmp_path / "trace")
+    asked = {"general_examples": 2}
+
+    def go(method, **more):
+        return continual(tmp_path / "trace", **options(world, tmp_path / "run", method, **asked, **more))
+
+    alone = go("seq-lora")
+    both = go("seq-lora,replay", resume=True)
+    assert list(both.sections["methods"]) == ["seq-lora", "replay"]
+    one = both.sections["methods"]["seq-lora"]
+    assert one["accuracy_matrix"] == alone.sections["methods"]["seq-lora"]["accuracy_matrix"]
+    others = [{"prompt": f"Sing {number}.", "answer": f"{number}"} for number in range(3)]
+    write_rows(tmp_path / "trace" / "Lima" / "train.json", others)
+    go("seq-lora", resume=True)
+    with pytest.raises(ResumeRefused, match="general_rows"):
+        go("seq-lora,replay", resume=True)
+
+
+def test_what_auto_means_is_in_the_report_and_a_run_continues_with_the_same_only(world, tmp_path):
+    free = {"precision": "auto", "eval_batch": None, "train_examples": 4, "test_examples": 1, "tasks": "FOMC"}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    used = best_precision("auto", device)
+    report = continual(world / "trace", **options(world, tmp_path, "seq-lora", **free))
+    assert (report.protocol["arithmetic"], report.protocol["answers_at_a_time"]) == (used, usual_batch())
+    named = {**free, "precision": used, "eval_batch": usual_batch()}
+    continual(world / "trace", **options(world, tmp_path, "seq-lora", resume=True, **named))
+    other = {"fp32": "bf16", "bf16": "fp32"}[used]
+    with pytest.raises(ResumeRefused, match="precision"):
+        continual(world / "trace", **options(world, tmp_path, "seq-lora", resume=True, **{**named, "precision": other}))
+    with pytest.raises(ResumeRefused, match="eval_batch"):
+        continual(world / "trace", **options(world, tmp_path, "seq-lora", resume=True, **{**named, "eval_batch": 3}))

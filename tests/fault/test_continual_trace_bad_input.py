@@ -202,7 +202,11 @@ def test_malformed_matrices_and_floors_are_refused():
     with pytest.raises(InputError, match=r"untouched has shape \(3,\) where there are 2 tasks"):
         summarize(np.zeros((2, 2)), untouched=np.zeros(3))
     with pytest.raises(InputError, match="floors must be at least 0 and below 1"):
-        summarize(np.zeros((2, 2)), floors={"a": 0.5, "b": 1.0})
+        summarize(np.zeros((2, 2)), floors={"a": 0.5, "b": 1.0}, tasks=("a", "b"))
+    with pytest.raises(InputError, match="floors are of a, b, the tasks given are none; give the same names"):
+        summarize(np.zeros((2, 2)), floors={"a": 0.5, "b": 0.1})
+    with pytest.raises(InputError, match="floors are of a, b, the tasks given are b, c"):
+        summarize(np.zeros((2, 2)), floors={"a": 0.5, "b": 0.1}, tasks=("b", "c"))
     with pytest.raises(ConfigError, match="plan must be 'cheap', 'triangle' or 'square', got 'all'"):
         evaluation_plan(3, "all")
     with pytest.raises(ConfigError, match="at least one task, got 0"):

@@ -6,7 +6,7 @@ import pytest
 from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_stream
 
 from recollect.continual.adapters.budget import trainable_report
-from recollect.continual.adapters.config import MHMoEConfig, SDLoraMoEConfig
+from recollect.continual.adapters.config import MHMoEConfig, SDLoraMoEConfig, with_rank
 from recollect.continual.budgets import Linears, budget_of, decoder_linears, match_budgets, model_linears
 from recollect.continual.entries import make_entries
 from recollect.continual.methods.driving import learn_task
@@ -44,10 +44,16 @@ def test_the_eight_headline_methods_fit_one_budget_after_eight_tasks():
     grown, banks = found["mh-moe-replay"], 30 * (2 * (576 + 4 * 1536) + 1536 + 4 * 576)
     assert (grown.experts + 7 * grown.grow) * grown.rank * banks == table.rows[7].budget.trained
     split = found["sd-moe"]
-    absorbed = 8 * (split.common_rank + split.absorb_rank)
-    assert (4 * split.rank + split.common_rank + absorbed) * PAIR == table.rows[6].budget.trained
-    assert split.absorb_rank >= 1
-    assert {row.entry.name: row.entry.adapter.scaling for row in table.rows}["seq-lora"] == 2.0  # alpha follows rank
+    assert (split.rank, split.common_rank, split.common_rank_max, split.absorb_rank) == (4, 8, 16, 4)
+    assert (4 * 4 + 16) * PAIR == table.rows[6].budget.trained == wanted
+    assert table.rows[6].mismatch("activated") == pytest.approx((4 + 16) / 8 - 1)
+    assert all(row.entry.adapter.scaling == pytest.approx(4.0) for row in table.rows)  # alpha follows rank
+    assert {row.entry.adapter.dropout for row in table.rows} == {0.0}
+    panel = table.panel()
+    moves = {row[0]: row[panel["columns"].index("scale") :] for row in panel["rows"]}
+    assert moves["loramoe"] == moves["seq-lora"] == [4.0, 0.0, 0.0]
+    assert moves["mh-moe"] == pytest.approx([4.0, 0.0, 0.01])
+    assert any("scaling 4, dropout 0, balance 0.01" in line for line in table.lines())
 
 
 def test_what_a_token_uses_can_be_made_equal_instead():
@@ -55,7 +61,23 @@ def test_what_a_token_uses_can_be_made_equal_instead():
     assert all(abs(row.mismatch("activated")) <= 0.05 for row in table.rows)
     assert adapters_of(table)["seq-lora"].rank == 8
     assert adapters_of(table)["o-lora"].rank == 1
+    split = adapters_of(table)["sd-moe"]
+    assert split.rank + split.common_rank_max == 8
+    assert split.common_rank_max >= 2 * split.common_rank  # room to freeze one common adapter
     assert table.rows[0].mismatch("trained") == pytest.approx(-0.75)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in METHODS.items() if spec.has_adapters])
+def test_every_method_has_one_scale_and_one_dropout_unless_options_say_otherwise(name):
+    spec = method_spec(name)
+    for values in ({}, {"rank": 3}):
+        found = spec.adapter_options(values, "the test")
+        assert found.scaling == pytest.approx(4.0)
+        assert found.dropout == 0.0
+    assert spec.adapter_options({"alpha": 32.0, "rank": 4, "dropout": 0.05}, "the test").scaling == 8.0
+    rooted = spec.adapter_options({"rslora": True, "rank": 16}, "the test")
+    assert rooted.scaling == pytest.approx(32 / 4)
+    assert with_rank(rooted, 5).scaling == pytest.approx(8.0)
 
 
 def one_of_each_form() -> list[str]:

@@ -42,6 +42,15 @@ def stream(world):
     return DomainBenchmark(ContinualConfig(**options))
 
 
+def test_a_user_of_several_tasks_is_one_cluster(stream):
+    users = {name: [case.user for case in task.cases] for name, task in stream.tasks.items()}
+    labels = stream.clusters()
+    assert stream.clusters_span_tasks
+    pairs = {(label, user) for name in users for label, user in zip(labels[name].tolist(), users[name], strict=True)}
+    assert len(pairs) == len({user for _, user in pairs}) == len({label for label, _ in pairs})
+    assert sum(map(len, users.values())) > len(pairs)
+
+
 @pytest.mark.parametrize(("model", "score"), [(Popularity(), popularity), (Markov(), markov)])
 def test_floors_are_those_of_the_toolkits_evaluator_on_the_same_events(model, score):
     whole = random_log(4, n_users=15, n_events=300)

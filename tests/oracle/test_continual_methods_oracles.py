@@ -18,7 +18,7 @@ from recollect.continual.methods.gem import agem_projection, gem_projection
 from recollect.continual.methods.inflora import InfLora, extended, input_covariances, new_rows
 from recollect.continual.methods.lwf import distillation
 from recollect.continual.methods.o_lora import orthogonality_penalty, size_penalty
-from recollect.continual.methods.objective import answer_loss, model_inputs, sample_rows
+from recollect.continual.methods.objective import answer_loss, model_inputs, sample_rows, sample_types
 from recollect.continual.methods.protocol import Phase, live_state, trained_parameters
 from recollect.continual.methods.replay import kept_batches
 from tests.support.adapter_worlds import randomize, tiny_decoder
@@ -138,7 +138,7 @@ def test_ewc_information_is_the_mean_squared_gradient_of_single_samples():
             batch["position_ids"][row],
         )
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions[None]).logits[0, -3:-1]
-        value = functional.cross_entropy(logits, ids[0, -2:])
+        value = functional.cross_entropy(logits, ids[0, -2:], reduction="sum")  # log p of the whole answer
         gradients = torch.autograd.grad(value, list(trained_parameters(model).values()))
         for total, gradient in zip(expected.values(), gradients, strict=True):
             total += gradient.square() / 3
@@ -411,6 +411,41 @@ def test_a_growing_sd_moe_learns_what_is_common_and_absorbs_it_before_the_router
         assert torch.equal(one[0], bank.lora_A[0])
         assert torch.equal(one[1], bank.lora_B[0])
     assert not any("common" in name or "lora" in name for name in trained_parameters(model))
+
+
+def test_a_router_replay_marks_the_past_and_leaves_the_present_task_what_it_is():
+    method = small_method("loramoe-replay", adapter={"router_replay": 0.5, "lbc": 0.1})
+    model = learned(method, 1)
+    method.before_task(tiny_task(1), model)
+    phases = method.phases(tiny_task(1), model)
+    assert next(phases).name == "train"
+    replayed = next(phases).batches(0)
+    own = {int(token) for batch in tiny_task(1).batches(0) for token in batch["input_ids"].flatten() if token}
+    marks = {}
+    for batch in replayed:
+        is_own = set(batch["input_ids"].flatten().tolist()) - {0} <= own | set(range(15, 27))
+        marks.setdefault(is_own, []).append(sample_types(batch).tolist())
+    assert all(value == 1 for values in marks[True] for value in values)
+    assert all(value == 0 for values in marks[False] for value in values)
+
+
+def test_the_gates_of_a_router_replay_are_not_counted_in_the_next_task():
+    method = small_method("sd-moe", adapter={"router_replay": 0.5})
+    model = learned(method, 2)
+    assert all(float(bank.token_count) > 0 for bank in banks(model).values())  # the replay's tokens
+    method.before_task(tiny_task(2), model)
+    for bank in banks(model).values():
+        assert float(bank.token_count) == float(bank.gate_sum.abs().sum()) == 0.0
+
+
+def test_frozen_routers_are_not_balanced():
+    method = small_method("mh-moe-gated", adapter={"balance": 0.5})
+    model = learned(method, 1)
+    batch = rows(1, 0)
+    assert method.loss(model, batch).item() > answer_loss(model, batch).item()  # they are trained in the first task
+    method.before_task(tiny_task(1), model)
+    assert not any("router" in name for name in trained_parameters(model))
+    assert torch.equal(method.loss(model, batch), answer_loss(model, batch))
 
 
 def test_separate_adapters_forget_nothing():

@@ -12,6 +12,7 @@ from recollect.continual.cells import read_cell
 from recollect.continual.evaluation_plan import Cell
 from recollect.continual.examples import Lengths
 from recollect.continual.learner import Generation, open_learner, open_tokens
+from recollect.continual.report_panels import adapter_sizes
 from recollect.continual.run import continual
 from recollect.continual.trace_data import load_trace
 from recollect.continual.trace_scores import score_task
@@ -89,6 +90,14 @@ def test_separate_adapters_per_task_forget_nothing_by_construction(world, tmp_pa
     matrix = matrix_from_rows(report.sections["accuracy_matrix"])
     assert report.sections["bwt"] == 0.0
     assert np.array_equal(matrix[-1], matrix.diagonal())
+    one = report.sections["methods"]["per-task"]
+    held = one["seeds"][0]["rounds"][-1]["parameters"]  # of the copy in the model
+    size, copies = adapter_sizes(one), len(TASKS)
+    assert size["own"] == copies * (held["total"] - held["base"]) == copies * held["experts"]
+    assert size["total"] == held["base"] + size["own"]
+    assert size["activated"] == held["activated"]
+    cost = next(panel for panel in report.sections["panels"] if panel["title"] == "Size and cost")
+    assert cost["rows"][0][1] == size["own"]
 
 
 def test_the_report_is_what_its_stored_answers_give(world, tmp_path):

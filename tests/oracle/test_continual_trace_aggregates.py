@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from recollect.continual.aggregates import (
     average_incremental,
@@ -28,6 +29,7 @@ from recollect.continual.general_ability import (
 )
 from recollect.continual.general_items import GENERAL_ITEMS
 from recollect.continual.trace_intervals import (
+    BIASED,
     RunScores,
     aggregate_intervals,
     difference_intervals,
@@ -94,7 +96,7 @@ def test_aggregates_by_hand():
     assert forgetting_nonnegative(HAND) == pytest.approx((0.7 - 0.3) / 2)
     assert average_incremental(HAND) == pytest.approx((0.5 + 0.65 + 2 / 3) / 3)
     assert forward_transfer(HAND, untouched) == pytest.approx(((0.2 - 0.1) + (0.3 - 0.2)) / 2)
-    result = summarize(HAND, untouched, floors={"a": 0.0, "b": 0.5, "c": 0.8})
+    result = summarize(HAND, untouched, floors={"c": 0.8, "a": 0.0, "b": 0.5}, tasks=("a", "b", "c"))
     assert result.op_norm == pytest.approx((0.3 + 0.6 + 0.5) / 3)
 
 
@@ -156,7 +158,7 @@ def run_of(matrix, sizes, seed, shift=0.0):
 def test_intervals_hold_the_value_and_shrink_with_examples():
     small = [run_of(HAND, (50, 50, 50), 1)]
     large = [run_of(HAND, (5000, 5000, 5000), 1)]
-    for name in ("op", "bwt", "bwt_T", "forgetting"):
+    for name in ("op", "bwt", "bwt_T"):
         one = aggregate_intervals(small, seed=3)[name]
         other = aggregate_intervals(large, seed=3)[name]
         assert one.low <= one.value <= one.high
@@ -200,6 +202,79 @@ def test_training_seeds_widen_the_interval_when_they_disagree():
     narrow, wide = (aggregate_intervals(runs, seed=0)["op"] for runs in (agreeing, disagreeing))
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
     assert len(per_seed(disagreeing)["op"]) == 4
+
+
+def test_three_seeds_on_certain_examples_have_the_interval_of_students_t_and_not_their_range():
+    finals = (0.40, 0.45, 0.53)
+    runs = []
+    for final in finals:  # every example of a task scores alike: the seeds alone differ
+        matrix = np.array([[0.5, 0.0, 0.0], [0.5, 0.6, 0.0], [final, 0.6, 0.7]])
+        cells = {Cell(after + 1, task): np.full(40, matrix[after, task]) for after in range(3) for task in range(3)}
+        runs.append(RunScores(("a", "b", "c"), cells))
+    found = aggregate_intervals(runs, seed=0)
+    values = np.array(per_seed(runs)["bwt"])
+    half = t.ppf(0.975, 2) * values.std(ddof=1) / np.sqrt(3)
+    assert found["bwt"].low == pytest.approx(values.mean() - half)
+    assert found["bwt"].high == pytest.approx(values.mean() + half)
+    assert found["bwt"].low < values.min()
+    assert found["bwt"].high > values.max()
+    alone = aggregate_intervals(runs[:1], seed=0)["bwt"]  # one seed says nothing of others
+    assert alone.low == alone.high == pytest.approx(values[0])
+
+
+def test_intervals_of_three_seeds_hold_the_truth_where_the_range_of_the_seeds_does_not():
+    generator = np.random.Generator(np.random.Philox(3))
+    held, in_range, n_worlds = 0, 0, 300
+    for _ in range(n_worlds):
+        runs = []
+        for shift in generator.normal(0, 0.1, 3):
+            cells = {
+                Cell(1, 0): np.clip(0.5 + generator.normal(0, 0.1, 60), 0, 1),
+                Cell(2, 0): np.clip(0.5 + shift + generator.normal(0, 0.1, 60), 0, 1),
+                Cell(2, 1): np.full(60, 0.5),
+            }
+            runs.append(RunScores(("a", "b"), cells))
+        interval, values = aggregate_intervals(runs, seed=0, n=200)["bwt"], per_seed(runs)["bwt"]
+        held += interval.low <= 0 <= interval.high
+        in_range += min(values) <= 0 <= max(values)
+    assert held / n_worlds > 0.92
+    assert in_range / n_worlds < 0.82
+
+
+def test_aggregates_with_a_maximum_have_a_value_and_no_interval():
+    runs = [run_of(HAND, (50, 50, 50), seed) for seed in (1, 2)]
+    for found in (aggregate_intervals(runs, seed=0), difference_intervals(runs, runs[::-1], seed=0)):
+        for name in BIASED:
+            assert np.isfinite(found[name].value)
+            assert np.isnan([found[name].low, found[name].high]).all()
+    still = np.tile([0.5, 0.5, 0.5], (3, 1))  # nothing is forgotten, answers flip at random
+    values = []
+    for seed in range(40):
+        generator = np.random.Generator(np.random.Philox(seed))
+        cells = {
+            Cell(after + 1, task): (generator.random(50) < still[after, task]).astype(float)
+            for after in range(3)
+            for task in range(3)
+        }
+        values.append({name: each[0] for name, each in per_seed([RunScores(("a", "b", "c"), cells)]).items()})
+    assert np.mean([one["forgetting"] for one in values]) > 0.01  # the bias the report speaks of
+    assert abs(np.mean([one["bwt"] for one in values])) < 0.03
+
+
+def test_clusters_that_reach_over_tasks_move_together():
+    generator = np.random.Generator(np.random.Philox(5))
+    skill = (generator.random(200) < 0.5).astype(float)  # a user is right in every task or in none
+    cells = {Cell(after, task): skill for after in (1, 2, 3) for task in range(3)}
+    run = RunScores(("a", "b", "c"), cells)
+    users = dict.fromkeys(run.tasks, np.arange(200))
+    together = aggregate_intervals([run], clusters=users, across_tasks=True, seed=0)["op"]
+    apart = aggregate_intervals([run], clusters=users, seed=0)["op"]
+    assert together.high - together.low == pytest.approx(np.sqrt(3) * (apart.high - apart.low), rel=0.1)
+    assert (together.high - together.low) / 2 == pytest.approx(1.97 * np.sqrt(skill.var() / 200), rel=0.05)
+    few = {"a": np.arange(200), "b": np.arange(200), "c": np.arange(2)}  # draws without a user of c keep c's mean
+    small = {cell: values[:2] if cell.task == 2 else values for cell, values in cells.items()}
+    found = aggregate_intervals([RunScores(run.tasks, small)], clusters=few, across_tasks=True, seed=0)["op"]
+    assert np.isfinite([found.low, found.high]).all()
 
 
 def test_what_was_not_evaluated_has_no_interval():

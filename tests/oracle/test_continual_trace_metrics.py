@@ -189,6 +189,17 @@ def test_both_sari_sources_and_the_backend_are_named(trace):
     assert trace_task("Py150").metric == scores.primary
 
 
+def test_floors_are_scored_as_the_answers_are(trace):
+    some = {name: trace[name] for name in ("Py150", "20Minuten")}
+    usual = trace_floors(some)
+    other = trace_floors(some, similarity_backend="levenshtein", sari_source="paragraph")
+    for name, one in some.items():
+        assert abs(other[name].value - usual[name].value) > 1e-4
+        predictions = [last_code_line(row.prompt) if name == "Py150" else "-" for row in one.test]
+        how = {"similarity_backend": "levenshtein", "sari_source": "paragraph"}
+        assert other[name].value == score_task(one.task, one.test, predictions, **how).value
+
+
 def test_the_last_line_of_code():
     assert last_code_line("<s> a = <NUM_LIT:1> <EOL> b ( ) <EOL>") == "b ( )"
     assert last_code_line("<s>") == ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from recollect.config import build, to_dict
@@ -276,6 +276,16 @@ def largest_common_rank(config: SDLoraMoEConfig, in_features: int, out_features:
     if config.common_rank_max is not None:
         return config.common_rank_max
     return max(config.common_rank, min(in_features // config.heads, out_features) - config.rank)
+
+
+def with_scaling(config: MoELoraConfig, scaling: float) -> MoELoraConfig:
+    """The config with the alpha that makes `scaling` of its rank."""
+    return replace(config, alpha=scaling * (math.sqrt(config.rank) if config.rslora else config.rank))
+
+
+def with_rank(config: MoELoraConfig, rank: int) -> MoELoraConfig:
+    """The config with another rank and the alpha that keeps the scale of its update."""
+    return with_scaling(replace(config, rank=rank), config.scaling)
 
 
 CONFIGS: dict[str, type[MoELoraConfig]] = {

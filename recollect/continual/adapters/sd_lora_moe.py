@@ -205,9 +205,14 @@ class SDLoraMoELinear(AdapterLinear):
             self.common_A.copy_(self._drawn_rows(len(self.frozen_A), self.common_A, self._occupied()))
         self._set_bases()
         self.bank.settle()
+        self.forget_gates()
+        return Absorbed(len(self.frozen_A), froze, n_moved, moved_energy / energy if energy else 0.0, kept)
+
+    @torch.no_grad()
+    def forget_gates(self) -> None:
+        """Count the gates' weights anew: `gate_means` is of the tokens of one task."""
         self.bank.gate_sum.zero_()
         self.bank.token_count.zero_()
-        return Absorbed(len(self.frozen_A), froze, n_moved, moved_energy / energy if energy else 0.0, kept)
 
     @torch.no_grad()
     def leak(self) -> tuple[float, float]:

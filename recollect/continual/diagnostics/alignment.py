@@ -21,6 +21,7 @@ from recollect.continual.adapters.attach import adapters
 from recollect.continual.adapters.complement import ComplementBank
 from recollect.continual.diagnostics.factors import OldExamples
 from recollect.continual.diagnostics.watching import Choices, next_token_losses, passes
+from recollect.continual.joined_rows import mixed_products
 from recollect.continual.learner import token_batch
 from recollect.continual.methods.objective import model_inputs, on_device_of
 
@@ -76,7 +77,9 @@ def composition_gradients(
         for chosen in passes([len(row) for row in old.rows]):
             batch = on_device_of(model, token_batch(old.rows, chosen, pad_id))
             real = batch["attention_mask"].bool()
-            losses = next_token_losses(model(**model_inputs(batch), use_cache=False).logits, batch)[real]
+            with mixed_products(model):
+                logits = model(**model_inputs(batch), use_cache=False).logits
+            losses = next_token_losses(logits, batch)[real]
             here = torch.from_numpy(marks[seen : seen + len(losses)]).to(losses.device)
             here = torch.where(losses.isnan(), -1, here)
             seen += len(losses)

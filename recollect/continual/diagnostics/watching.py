@@ -15,6 +15,7 @@ from torch.nn import functional
 from recollect.continual.adapters.attach import attached, routers
 from recollect.continual.adapters.routing import Router, Routing
 from recollect.continual.diagnostics.factors import OldExamples
+from recollect.continual.joined_rows import mixed_products
 from recollect.continual.learner import token_batch
 from recollect.continual.methods.objective import model_inputs, on_device_of
 
@@ -110,7 +111,8 @@ def watch(
     with _evaluating(model), torch.no_grad(), _kept_inputs({name: named[name] for name in inputs_of}) as kept:
         for chosen in passes([len(row) for row in old.rows]):
             batch = on_device_of(model, token_batch(old.rows, chosen, pad_id))
-            logits = model(**model_inputs(batch), use_cache=False).logits
+            with mixed_products(model):
+                logits = model(**model_inputs(batch), use_cache=False).logits
             real = batch["attention_mask"].bool()
             losses.append(next_token_losses(logits, batch)[real].double().cpu().numpy())
             here = wanted[seen : seen + len(losses[-1])]

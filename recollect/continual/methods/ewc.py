@@ -1,7 +1,9 @@
 """Elastic weight consolidation: L = CE + (λ/2)·Σ_i F_i·(θ_i − θ*_i)² over the adapters' weights.
 
-per_sample: F is the mean over samples of the finished task of the squared gradient of log p, here the mean log
-probability of the sample's answer tokens (the loss that is trained); F ← γ·F + F_t after each task.
+per_sample: F is the mean over samples of the finished task of the squared gradient of log p, the log probability of the
+sample's whole answer (the sum over its tokens); F ← γ·F + F_t after each task.  The loss that is trained is the mean
+over tokens, so answers of n tokens pull n² times as hard as they would by that mean; λ = 400 is the benchmark's own
+code's, whose F is another (trace_online), and no number says which λ suits this one: try several.
 trace_online: the benchmark's own code adds (batch gradient of the total loss)² / (steps of an epoch) at every training
 step of every epoch and never resets; θ* is where the last task ended.
 """
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from recollect.continual.adapters.config import MoELoraConfig
 from recollect.continual.methods.config import EWCConfig
-from recollect.continual.methods.objective import answer_loss, on_device_of, sample_rows
+from recollect.continual.methods.objective import on_device_of, sample_rows, supervised_logits
 from recollect.continual.methods.protocol import (
     Batch,
     ContinualMethod,
@@ -103,14 +105,15 @@ def quadratic_pull(
 
 
 def sample_fisher(model: nn.Module, rows: Iterator[Batch]) -> dict[str, Tensor]:
-    """Mean over single samples of the squared gradient of the answer's mean log probability, without dropout."""
+    """Mean over single samples of the squared gradient of the whole answer's log probability, without dropout."""
     parameters = trained_parameters(model)
     totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     was_training = model.training
     model.eval()
     count = 0
     for row in rows:
-        value = answer_loss(model, on_device_of(model, row))
+        logits, tokens = supervised_logits(model, on_device_of(model, row))
+        value = nn.functional.cross_entropy(logits, tokens, reduction="sum")
         gradients = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for total, gradient in zip(totals.values(), gradients, strict=True):
             if gradient is not None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recollect.continual.adapters.attach import adapters
+from recollect.continual.adapters.attach import adapters, routers
 from recollect.continual.adapters.config import MoELoraConfig
 from recollect.continual.adapters.growth import grow, train_everything, train_new_experts, train_routers_only
 from recollect.continual.adapters.usage_gate import UsageGate
 from recollect.continual.methods.banks import generations_of
 from recollect.continual.methods.config import ExpertsConfig
-from recollect.continual.methods.objective import pass_over
+from recollect.continual.methods.objective import Batch, pass_over
 from recollect.continual.methods.protocol import ContinualMethod, Phase, Task
 from recollect.continual.methods.replay import kept_batches, shuffled
 from recollect.continual.spectral.projector import StepAware
@@ -49,6 +49,7 @@ class RoutedExperts(ContinualMethod):
     def before_task(self, task: Task, model: nn.Module) -> None:
         """Grow, decide what is trained, and measure the new task's usage where updates are gated."""
         self._facts = {}
+        self._forget_gates(model)
         if self.adapter.grow and task.index:
             if len(generations_of(model)) == task.index:
                 grow(model, self.adapter.grow)
@@ -69,9 +70,15 @@ class RoutedExperts(ContinualMethod):
         if self.adapter.router_replay and task.index:
             self._absorb(model)
             train_routers_only(model)
-            kept = kept_batches(task.memory, range(task.index + 1), self.adapter.router_replay)
+            kept = kept_batches(task.memory, range(task.index + 1), self.adapter.router_replay, present=task.index)
             seed, epochs = self.options.seed, self.options.replay_epochs
             yield Phase("routers", lambda epoch: shuffled(kept, seed, task.index, epoch), epochs)
+
+    def routing_loss(self, model: nn.Module, batch: Batch) -> Tensor | float:
+        """None where no router is trained: it would only push what feeds them."""
+        if not any(weight.requires_grad for router in routers(model).values() for weight in router.parameters()):
+            return 0.0
+        return super().routing_loss(model, batch)
 
     def after_backward(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.gate is not None and self.gating:
@@ -114,6 +121,16 @@ class RoutedExperts(ContinualMethod):
         self._facts["absorbed_directions"] = sum(layer.directions for layer in absorbed)
         self._facts["frozen_rank"] = max(layer.frozen_rank for layer in absorbed)
         self._has_absorbed = True
+
+    def _forget_gates(self, model: nn.Module) -> None:
+        """Drop what SD-LoRA-MoE counted since it absorbed, in a router replay: the next task's mean is its own."""
+        if self.adapter.kind != "sd_lora_moe":
+            return
+        from recollect.continual.adapters.sd_lora_moe import SDLoraMoELinear
+
+        for module in adapters(model).values():
+            if isinstance(module, SDLoraMoELinear):
+                module.forget_gates()
 
     def _observe(self, task: Task, model: nn.Module) -> None:
         """Passes over the task's first batches, whose choices the gate counts; nothing else changes."""

@@ -1,8 +1,9 @@
 """Learning without forgetting: L = CE + w·T²·KL(p_T(teacher) ‖ p_T(student)) on the answer tokens of the same batch.
 
-The teacher is the adapters before the task.  It sees the student's dropout masks (its pass starts from the same state
-of the generator), so at the first step of a task student and teacher are equal, and the distillation loss and its
-gradient are exactly zero whatever the dropout.
+The teacher is the adapters before the task.  It reads the batch as the student does (rows joined or padded, products
+rounded or not) and sees its dropout masks (its pass starts from the same state of the generator), so at the first step
+of a task student and teacher are equal, and the distillation loss and its gradient are exactly zero whatever the
+dropout.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class LwF(ContinualMethod):
             return functional_call(model, self.teacher, (), inputs, tie_weights=False)
 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return supervised_logits(teacher, batch)[0]
+            return supervised_logits(model, batch, call=teacher)[0]
 
     def after_task(self, task: Task, model: nn.Module) -> None:
         """Forget the teacher; the next task's is made at its start."""

@@ -24,18 +24,24 @@ Batch = Mapping[str, Tensor]
 learned.  Optional sample_types (B,) int64: 1 = a sample of the task at hand, 0 = of the past; absent = all 1."""
 
 
-def supervised_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+def supervised_logits(
+    model: Callable[..., Any], batch: Batch, *, call: Callable[..., Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits (n, V) in float32 that predict the supervised tokens, and these tokens (n,), row after row.
 
     Args:
         model: a causal language model of transformers, or what is called with its keywords.
         batch: see `Batch`.
+        call: what is called in the model's place, e.g. the model with other weights; how rows are laid out and
+            products rounded is the model's.
 
     Raises:
         InputError: no token of the batch is supervised.
     """
+    called = call or model
     if are_joined(model):
-        return _joined_logits(model, batch)
+        with mixed_products(model):
+            return _joined_logits(called, batch)
     labels = batch["labels"][:, 1:]  # nothing predicts a row's first token
     wanted = labels != NO_LOSS
     if "attention_mask" in batch:
@@ -46,12 +52,12 @@ def supervised_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, 
     first = int(columns[0])
     kept = labels.shape[1] - first
     with mixed_products(model):
-        logits = model(**model_inputs(batch), logits_to_keep=kept + 1, use_cache=False).logits[:, -kept - 1 : -1]
+        logits = called(**model_inputs(batch), logits_to_keep=kept + 1, use_cache=False).logits[:, -kept - 1 : -1]
     wanted = wanted[:, first:]
     return logits[wanted].float(), labels[:, first:][wanted]
 
 
-def _joined_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def _joined_logits(called: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
     """`supervised_logits` without padding: the rows are read as one, and supervised positions alone get logits."""
     real = batch["attention_mask"].bool()
     lengths = real.sum(1)
@@ -60,14 +66,13 @@ def _joined_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     places = (labels != NO_LOSS).nonzero()[:, 0]
     if len(places) == 0:
         raise _unsupervised(batch)
-    with mixed_products(model):
-        logits = model(
-            input_ids=batch["input_ids"][real][None],
-            position_ids=batch["position_ids"][real][None],
-            attention_mask=joined_lengths(lengths),
-            logits_to_keep=places - 1,
-            use_cache=False,
-        ).logits[0]
+    logits = called(
+        input_ids=batch["input_ids"][real][None],
+        position_ids=batch["position_ids"][real][None],
+        attention_mask=joined_lengths(lengths),
+        logits_to_keep=places - 1,
+        use_cache=False,
+    ).logits[0]
     return logits.float(), labels[places]
 
 

@@ -78,9 +78,14 @@ class Joined(Sequence[Batch]):
         return self._sources[source][place - self._starts[source]]
 
 
-def kept_batches(memory: Memory, tasks: range, ratio: float) -> list[Sequence[Batch]]:
-    """Batches of a share `ratio` of each task's samples, at least one sample each, marked as the past's."""
-    return [Past(memory.batches(task, max(1, round(ratio * memory.size(task))))) for task in tasks]
+def kept_batches(memory: Memory, tasks: range, ratio: float, *, present: int | None = None) -> list[Sequence[Batch]]:
+    """Batches of a share `ratio` of each task's samples, at least one sample each.
+
+    Args:
+        present: the task at hand, whose batches stay as they are; those of the others are marked as the past's.
+    """
+    kept = {task: memory.batches(task, max(1, round(ratio * memory.size(task)))) for task in tasks}
+    return [batches if task == present else Past(batches) for task, batches in kept.items()]
 
 
 def shuffled(sources: Sequence[Sequence[Batch]], seed: int, task: int, epoch: int) -> Sequence[Batch]:
