@@ -21,7 +21,7 @@ from rows import Rows
 from recollect.distill.config import DistillConfig
 
 METRICS = ("ndcg@10", "hr@10")
-AGAINST = ("student_alone", "self_distilled", "labels_only")
+AGAINST = ("student_alone", "self_distilled", "labels-only/student")
 UNTOLD = frozenset({"data", "out", "resume", "overwrite", "dry_run", "compare", "seeds", "seed", "k"})
 
 
