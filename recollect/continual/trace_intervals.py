@@ -27,6 +27,7 @@ import numpy as np
 from recollect.continual import aggregates
 from recollect.continual.evaluation_plan import Cell
 from recollect.errors import InputError
+from recollect.eval.seeds_and_users import student_half_width
 from recollect.eval.statistics import RESAMPLES, Interval, cluster_codes, resample_weights
 
 Clusters = Mapping[str, np.ndarray]
@@ -168,19 +169,15 @@ def difference_intervals(
 
 def _interval(name: str, values: np.ndarray, draws: np.ndarray, freedom: int, n: int) -> Interval:
     """Of the mean of values (S,), with draws (n, S) over test examples and their degrees of freedom."""
-    from scipy.stats import t
-
     value, n_seeds = float(values.mean()), len(values)
     means = draws.mean(axis=-1)
     if name in BIASED or not math.isfinite(value) or not np.isfinite(means).all() or freedom < 1:
         return Interval(value, math.nan, math.nan, n)
     of_items = float(means.var())
     of_seeds = float(values.var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
-    variance = of_items + of_seeds
-    if math.sqrt(variance) <= _SAME * max(1.0, float(np.abs(values).max())):
+    if math.sqrt(of_items + of_seeds) <= _SAME * max(1.0, float(np.abs(values).max())):
         return Interval(value, value, value, n)
-    terms = of_items**2 / freedom + (of_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0.0)
-    half = float(t.ppf(0.975, variance**2 / terms)) * math.sqrt(variance)
+    half, _ = student_half_width(of_items, freedom, of_seeds, n_seeds)
     return Interval(value, value - half, value + half, n)
 
 

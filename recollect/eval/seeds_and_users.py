@@ -77,12 +77,26 @@ def over_seeds_and_users(
     draws = [weights @ by_user / n_users for weights in resample_weights(n_users, resamples, seed, name="users")]
     of_users = float(np.concatenate(draws).var())
     of_seeds = float(table.mean(axis=1).var(ddof=1)) / n_seeds if n_seeds > 1 else 0.0
-    variance = of_users + of_seeds
+    error = math.sqrt(of_users + of_seeds)
     # The same numbers summed in another order differ in their last bits; that is no variance.
-    if math.sqrt(variance) <= 1e-12 * float(np.abs(table).max()):
+    if error <= 1e-12 * float(np.abs(table).max()):
         return SeedsAndUsers(value, value, value, 1.0 if value == 0 else 0.0, math.inf, n_users)
-    freedom = variance**2 / (of_users**2 / (n_users - 1) + (of_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0.0))
-    error = math.sqrt(variance)
-    half = float(t.ppf(0.975, freedom)) * error
+    half, freedom = student_half_width(of_users, n_users - 1, of_seeds, n_seeds)
     low, high = (float(np.clip(end, *bounds)) for end in (value - half, value + half))
     return SeedsAndUsers(value, low, high, float(2 * t.sf(abs(value) / error, freedom)), freedom, n_users)
+
+
+def student_half_width(of_units: float, unit_freedom: int, of_seeds: float, n_seeds: int) -> tuple[float, float]:
+    """Half of the 95 % interval of a mean, and its degrees of freedom by Satterthwaite.
+
+    Args:
+        of_units: variance of the mean over users (or test examples), positive if `of_seeds` is 0; unit_freedom: its
+            degrees of freedom.
+        of_seeds: variance of the mean over seeds, 0 for one seed.
+    """
+    from scipy.stats import t
+
+    variance = of_units + of_seeds
+    terms = of_units**2 / unit_freedom + (of_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0.0)
+    freedom = variance**2 / terms
+    return float(t.ppf(0.975, freedom)) * math.sqrt(variance), freedom
