@@ -32,15 +32,6 @@ CHUNK_SCORES = 2**22
 FULL_PRECISION_BYTES = 2**31  # larger caches of states are kept in bfloat16
 
 
-class SampleBatch(Protocol):
-    """A batch that knows which samples it predicts."""
-
-    targets: Any
-    position: Any
-
-    def __len__(self) -> int: ...
-
-
 class Learner(Protocol):
     """One side of a distillation."""
 
