@@ -178,6 +178,18 @@ def test_the_linear_scan_equals_the_recurrence():
         torch.testing.assert_close(linear_scan(x, eigenvalues.log()), torch.stack(expected, 1))
 
 
+def test_the_linear_scan_has_exact_gradients_and_leaves_its_inputs_alone():
+    for length in (1, 2, 4, 7, 9):  # whole squares need no padding
+        x = torch.randn(2, length, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(length))
+        log = torch.complex(torch.tensor([-0.1, -0.5, -1e-3]), torch.tensor([0.3, 2.0, 6.0])).to(torch.complex128)
+        before, flow = x.clone(), torch.ones(2, length, 3, dtype=torch.complex128)
+        x, log = x.requires_grad_(), log.requires_grad_()
+        assert torch.autograd.gradcheck(linear_scan, (x, log))
+        linear_scan(x, log).backward(flow)
+        assert torch.equal(x.detach(), before)
+        assert torch.equal(flow, torch.ones_like(flow))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
