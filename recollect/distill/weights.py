@@ -39,7 +39,7 @@ def true_item_rank(logits: Tensor, target: Tensor) -> Tensor:
     """
     logits = logits.detach()
     of_target = logits.gather(1, target[:, None])  # (B, 1)
-    # Of N items g are above, l below and e + 1 level, so g + 1 + e/2 = (N + 1 + g - l)/2: one sum, no counting of bools.
+    # Of N items g are above, l below and e + 1 level, so g + 1 + e/2 = (N + 1 + g - l)/2: one sum, no bools counted.
     if not bool(logits.sum().isnan()):
         ahead = (logits - of_target).sign_().sum(1)  # (B,) g - l; equal infinities differ by NaN, whose sign is 0
         return 0.5 * (logits.shape[1] + 1 + ahead.float())

@@ -19,9 +19,7 @@ class GRU4RecModule(CausalModule):
     """Jagged batch -> projected recurrent state of every position."""
 
     def __init__(self, config: GRU4RecConfig, n_items: int) -> None:
-        super().__init__()
-        self.config = config
-        self.items = nn.Embedding(n_items, config.hidden)
+        super().__init__(config, n_items)
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(
             nn.GRU(config.hidden if layer == 0 else config.recurrent, config.recurrent, batch_first=True)

@@ -87,9 +87,7 @@ class HSTUModule(CausalModule):
     """Jagged batch -> hidden state of every position."""
 
     def __init__(self, config: HSTUConfig, n_items: int) -> None:
-        super().__init__()
-        self.config = config
-        self.items = nn.Embedding(n_items, config.hidden)
+        super().__init__(config, n_items)
         self.positions = nn.Embedding(config.max_length, config.hidden)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(HSTUBlock(config) for _ in range(config.blocks))

@@ -134,9 +134,7 @@ class LRURecModule(CausalModule):
     """Jagged batch -> hidden state of every position."""
 
     def __init__(self, config: LRURecConfig, n_items: int) -> None:
-        super().__init__()
-        self.config = config
-        self.items = nn.Embedding(n_items, config.hidden)
+        super().__init__(config, n_items)
         self.norm = nn.LayerNorm(config.hidden)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(LRURecBlock(config) for _ in range(config.blocks))

@@ -28,7 +28,7 @@ from recollect.loop import LoopResult, train
 from recollect.progress import Progress
 from recollect.recommenders.closed_form import check_question, fitted_rows, load_folder, save_folder
 from recollect.recommenders.configs import NeuralConfig
-from recollect.recommenders.losses import next_item_loss
+from recollect.recommenders.losses import next_item_loss, starting_offset
 from recollect.recommenders.packing import Batch, TrainingBatches, history_batches
 from recollect.rng import call_seed
 from recollect.tracking import Tracker
@@ -58,16 +58,22 @@ class SequenceModule(Protocol):
 class CausalModule(nn.Module):
     """A `SequenceModule` whose state at every position predicts the item after it; a model gives `forward`.
 
-    config: with `loss`, see `recollect.recommenders.losses.next_item_loss`.  items: the embedding of items, read and
-    scored with.
+    config: with `hidden` and `loss` (`recollect.recommenders.losses.next_item_loss`).  items: the embedding of items,
+    read and scored with.  offset: (1,) added to every score in training (`starting_offset`), None under most losses.
     """
 
-    config: Any
-    items: nn.Embedding
+    offset: nn.Parameter | None
+
+    def __init__(self, config: Any, n_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(n_items, config.hidden)
+        start = starting_offset(config, n_items)
+        self.register_parameter("offset", None if start is None else nn.Parameter(torch.tensor([start])))
 
     def training_loss(self, batch: Batch) -> Tensor:
         """() mean loss over all positions."""
-        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets)
+        return next_item_loss(self.config, self(batch), self.item_vectors(), batch.targets, self.offset)
 
     def user_vectors(self, batch: Batch) -> Tensor:
         """(B, D) the state after the last item."""

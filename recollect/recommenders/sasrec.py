@@ -45,9 +45,7 @@ class SASRecModule(CausalModule):
     """Jagged batch -> hidden state of every position; scores are products with the item embedding."""
 
     def __init__(self, config: SASRecConfig, n_items: int) -> None:
-        super().__init__()
-        self.config = config
-        self.items = nn.Embedding(n_items, config.hidden)
+        super().__init__(config, n_items)
         self.positions = nn.Embedding(config.max_length, config.hidden)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(SASRecBlock(config) for _ in range(config.blocks))

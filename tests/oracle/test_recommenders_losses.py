@@ -6,7 +6,9 @@ from torch.nn import functional
 
 from recollect.errors import ConfigError, InputError, UnknownName
 from recollect.recommenders import losses
-from recollect.recommenders.losses import cross_entropy, draw_negatives, gbce_beta, sampled_loss
+from recollect.recommenders.configs import HSTUConfig, SASRecConfig
+from recollect.recommenders.losses import cross_entropy, draw_negatives, gbce_beta, sampled_loss, starting_offset
+from recollect.recommenders.sasrec import SASRecModule
 
 
 def problem(n_positions=37, n_items=23, width=5, dtype=torch.double, seed=0):
@@ -99,6 +101,37 @@ def test_sampled_losses_equal_their_formulas(kind, ratio, monkeypatch):
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     for found, wanted in zip(gradients(ours, hidden, items), gradients(expected, hidden, items), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0, 64], ids=["gathered", "scored whole"])
+@pytest.mark.usefixtures("chunks")
+def test_an_offset_is_added_to_every_score_and_gets_its_gradient(ratio, monkeypatch):
+    monkeypatch.setattr(losses, "DENSE_RATIO", ratio)
+    hidden, items, targets = problem()
+    negatives = draw_negatives(targets, 6, len(items))
+    offset = torch.tensor([-0.7], dtype=hidden.dtype, requires_grad=True)
+    scores = hidden @ items.T + offset
+    positive, negative = scores.gather(1, targets[:, None]), scores.gather(1, negatives)
+    expected = functional.binary_cross_entropy_with_logits(
+        torch.cat([positive, negative], 1), torch.tensor([1.0] + [0.0] * 6, dtype=scores.dtype).expand(len(hidden), 7)
+    )
+    ours = sampled_loss("bce", hidden, items, targets, negatives, offset=offset)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    own, wanted = (gradients(value, hidden, items, offset) for value in (ours, expected))
+    for found, true in zip(own, wanted, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-8, atol=1e-12)
+
+
+def test_an_offset_starts_where_binary_losses_balance_and_exists_for_them_alone():
+    # At -log(k/beta) a positive pulls as hard as its k negatives push, up to terms of that size squared.
+    config = SASRecConfig(loss="gbce", negatives=256)
+    start = torch.tensor(starting_offset(config, 3417), dtype=torch.float64)
+    pull = gbce_beta(256, 3417, config.calibration) * torch.sigmoid(-start)
+    assert float(pull / (256 * torch.sigmoid(start))) == pytest.approx(1.0, abs=0.01)
+    assert starting_offset(SASRecConfig(loss="bce"), 100) == 0.0
+    assert starting_offset(SASRecConfig(), 100) is None
+    assert starting_offset(HSTUConfig(loss="sampled"), 100) is None
+    assert dict(SASRecModule(SASRecConfig(), 5).named_parameters()).keys().isdisjoint({"offset"})
 
 
 def test_gbce_beta_runs_from_one_to_the_sampling_rate():
