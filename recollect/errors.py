@@ -4,11 +4,25 @@
 (both resumable), 1 anything else.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class RecollectError(Exception):
     """Base of every error raised on purpose."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By message: errors travel between processes, and some are built from other arguments."""
+        return _restored, (type(self), str(self)), dict(self.__dict__)
+
+
+def _restored(kind: type[RecollectError], message: str) -> RecollectError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
 
 
 class InputError(RecollectError):

@@ -72,6 +72,10 @@ class DistillConfig:
     seeds: int = 3
     """Repetitions of everything, with seeds --seed, --seed + 1, …"""
 
+    workers: int = 1
+    """Processes that train models of the run side by side, each with its share of the threads and a copy of the
+    decoder in memory; on a CPU, one per core is fastest where there are several seeds."""
+
     protocol: Literal["loo", "gts"] = "loo"
     """Leave-one-out, or one global cut in time."""
 
@@ -183,7 +187,15 @@ class DistillConfig:
         for method in (self.method, *self.compare):
             if method not in METHODS and method not in ("all", "none"):
                 raise UnknownName("method", method, METHODS)
-        positive: tuple[str, ...] = ("rounds", "seeds", "student_epochs", "patience", "round_epochs", "round_patience")
+        positive: tuple[str, ...] = (
+            "rounds",
+            "seeds",
+            "workers",
+            "student_epochs",
+            "patience",
+            "round_epochs",
+            "round_patience",
+        )
         positive += ("teacher_length", "teacher_batch", "teacher_epochs", "teacher_round_epochs", "student_batch")
         for name in positive:
             if getattr(self, name) < 1:

@@ -1,8 +1,7 @@
 """`recollect.distill(...)`: the alternation of LLMD4Rec and the rows it is compared with, from data to report.
 
-Everything a model is chosen by comes from validation. The test cases are opened after all training of a seed, for the
-models of that seed that are reported: for the table, again with shuffled histories, and in the first seed again under
-the other mask; seeds follow each other, and none reads another's results. A killed run continues with `resume`:
+Everything a model is chosen by comes from validation, and no seed reads another's results
+(`recollect.distill.seeds`). A killed run continues with `resume`:
 finished stages are read back, the current one goes on from its last checkpoint, and the numbers are those of an
 uninterrupted run.
 
@@ -13,38 +12,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from recollect.backbones.resolve import decoder_folder
 from recollect.config import build, check_same_run, run_manifest, to_dict
 from recollect.data.examples import training_sequences
 from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
-from recollect.distill.ensemble import EnsembleScores
-from recollect.distill.methods import Row, planned_half_rounds, run_method
-from recollect.distill.order_sensitivity import order_sensitivity
-from recollect.distill.other_mask import other_mask
+from recollect.distill.methods import planned_half_rounds
 from recollect.distill.report import make_report
 from recollect.distill.results import SeedResults
-from recollect.distill.stages import Stage, Stages, read_columns
+from recollect.distill.seeds import floor, run_seed
+from recollect.distill.stages import Stages
+from recollect.distill.workers import train_side_by_side
 from recollect.distill.workshop import Workshop
 from recollect.errors import InputError
-from recollect.eval.case_table import CaseTable
-from recollect.eval.list_metrics import list_totals
-from recollect.eval.ranking import evaluate_ranker
-from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_arrays, write_json, write_text
+from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.llm_module import require_layers
-from recollect.recommenders.models import model_spec
 from recollect.types import Dataset, Report, Split
 
 METRICS_FILE = "metrics.jsonl"
-CHECKED_TOTALS = ("coverage@10", "gini@10")
 FLOORS = ("pop", "markov")
 """Rows every table has (recsys_evaluation 8): what has learnt nothing but counts."""
 
@@ -82,9 +73,11 @@ def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None 
         manifest = _open_run(config, dataset, split, out)
         context = {"data": dataset.meta["fingerprint"], "split": split.rule}
         shop = Workshop(config, dataset, split, Stages(out / "stages", context), progress)
-        seeds = [_run_seed(shop, seed) for seed in config.all_seeds]
+        if config.workers > 1:
+            train_side_by_side(shop)
+        seeds = [run_seed(shop, seed) for seed in config.all_seeds]
         write_text(out / METRICS_FILE, "".join(_metric_lines(seeds)))
-        floors = {name: _floor(shop, name) for name in FLOORS}
+        floors = {name: floor(shop, name) for name in FLOORS}
         progress.stage("comparing")
         report = make_report(config, dataset, split, seeds, floors, manifest, shop.stages.seconds)
         report.save(out)
@@ -131,7 +124,7 @@ def free_folder(data: str) -> Path:
 
 def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) -> dict[str, Any]:
     """Write `run.json`, or check that the run found there is this one; its content."""
-    loose = {"method", "compare", "seeds", "out", "resume", "overwrite", "dry_run"}
+    loose = {"method", "compare", "seeds", "workers", "out", "resume", "overwrite", "dry_run"}
     identity = {name: value for name, value in to_dict(config).items() if name not in loose}
     identity |= {"split": split.rule, "data_fingerprint": dataset.meta["fingerprint"]}
     if config.reads_text:
@@ -149,120 +142,6 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
     manifest |= {"identity": identity, "text_fingerprint": text_fingerprint(dataset)}
     write_json(path, manifest)
     return manifest
-
-
-def _run_seed(shop: Workshop, seed: int) -> SeedResults:
-    """Train every row of one seed, then open its test cases."""
-    config = shop.config
-    crm = shop.crm(seed)
-    llm = shop.llm(seed, crm)
-    rows = {method: run_method(shop, method, seed) for method in config.rows}
-    ensemble = shop.ensemble(crm, llm)
-    named: dict[str, Stage] = {"student_alone": crm, "teacher_alone": llm}
-    named |= _named_rows(config, rows)
-    tables, totals = {}, {}
-    for name, stage in named.items():
-        tables[name], totals[name] = _tested(shop, name, stage, seed)
-    tables["ensemble"], totals["ensemble"] = _tested_ensemble(shop, crm, llm, ensemble, seed)
-    shuffled = {
-        name: order_sensitivity(shop, stage, seed)
-        for name, stage in named.items()
-        if name in ("student_alone", "student_distilled") or "teacher" in name
-    }
-    unmasked = {}
-    if seed == config.seed:
-        unmasked = {
-            name: other_mask(shop, stage, tables[name], seed) for name, stage in named.items() if "teacher" in name
-        }
-    return SeedResults(
-        seed=seed,
-        stages=named,
-        rows=rows,
-        tables=tables,
-        totals=totals,
-        shuffled=shuffled,
-        unmasked=unmasked,
-        ensemble_weight=float(ensemble.info["weight"]),
-        ensemble_validation=float(ensemble.info["validation"]),
-    )
-
-
-def _floor(shop: Workshop, name: str) -> tuple[CaseTable, dict[str, Any]]:
-    """Test table and list totals of a model that no table goes without, fitted on the training events."""
-    spec = model_spec(name)
-
-    def load() -> Any:
-        return spec.open(spec.options({}, name)).fit(shop.dataset, shop.split)
-
-    return _evaluated(shop, name, shop.stages.folder.parent / "floors" / name, None, load)
-
-
-def _named_rows(config: DistillConfig, rows: Mapping[str, Row]) -> dict[str, Stage]:
-    """Names of the table's models: the main method's two sides, self-distillation, then METHOD/student and /teacher."""
-    named = {}
-    for method, row in rows.items():
-        for side, stage in (("student", row.student), ("teacher", row.teacher)):
-            if stage is None:
-                continue
-            if method == config.method:
-                named[f"{side}_distilled"] = stage
-            if method == "self":
-                named["self_distilled"] = stage
-            elif method != config.method:
-                named[f"{method}/{side}"] = stage
-    return named
-
-
-def _tested(shop: Workshop, name: str, stage: Stage, seed: int) -> tuple[CaseTable, dict[str, Any]]:
-    """Test table and list totals of a stage's model, kept beside it."""
-    return _evaluated(shop, name, stage.folder, seed, stage.load)
-
-
-def _tested_ensemble(
-    shop: Workshop, crm: Stage, llm: Stage, ensemble: Stage, seed: int
-) -> tuple[CaseTable, dict[str, Any]]:
-    def load() -> EnsembleScores:
-        return EnsembleScores(crm.load(), llm.load(), float(ensemble.info["weight"]))
-
-    return _evaluated(shop, "ensemble", ensemble.folder, seed, load)
-
-
-def _evaluated(
-    shop: Workshop, name: str, folder: Path, seed: int | None, load: Any
-) -> tuple[CaseTable, dict[str, Any]]:
-    key = sha256_text(canonical_json(list(shop.config.k)))[:8]
-    columns_file, facts_file = folder / f"test-{key}.safetensors", folder / f"test-{key}.json"
-    none = np.zeros(0, dtype=np.int64)
-    if not facts_file.is_file():
-        table = evaluate_ranker(
-            load(),
-            shop.dataset,
-            shop.split,
-            ks=shop.config.k,
-            list_length=max(10, *shop.config.k),
-            seed=seed,
-            name=name,
-            progress=shop.progress,
-        )
-        totals = list_totals(table, shop.dataset, shop.split, resamples=0)
-        write_arrays(columns_file, table.metrics)
-        facts = {"protocol": dict(table.protocol), "totals": {key: totals[key] for key in CHECKED_TOTALS}}
-        write_json(facts_file, facts)
-    facts = read_json(facts_file)
-    user = shop.dataset.interactions.user[shop.split.test_row]
-    table = CaseTable(
-        model=name,
-        user=user,
-        metrics=read_columns(columns_file),
-        lists=np.zeros((len(user), 0), dtype=np.int64),
-        greater=none,
-        equal=none,
-        target_case=none,
-        popularity=np.zeros(shop.dataset.n_items, dtype=np.int64),
-        candidate=np.ones(shop.dataset.n_items, dtype=bool),
-        protocol=facts["protocol"],
-    )
-    return table, facts["totals"]
 
 
 def _metric_lines(seeds: Sequence[SeedResults]) -> Iterator[str]:

@@ -112,7 +112,7 @@ def _upward(shop: Workshop, row: Row, crm: Stage, teacher: Stage) -> Row:
     """One frozen teacher, in as many upward half-rounds as the alternation may have; it is read once for all."""
     row.taught_by = teacher
     student = crm
-    kept = KeptStates(shop.stages.folder.parent / "teacher-states")
+    kept = KeptStates(shop.stages.folder.parent / f"teacher-states-{row.method}-{row.seed}")
     try:
         for number in range(1, shop.config.rounds + 1):
             student = shop.up(row.seed, number, student, teacher, ranks="online", read=kept)

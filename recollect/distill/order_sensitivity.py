@@ -8,7 +8,7 @@ Source: llmd4rec 7.18 (LLM-SRec, arXiv 2502.13909 [paper]: a conventional model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,13 @@ def shuffled(histories: Sequence[np.ndarray], window: int, seed: int) -> list[np
     return mixed
 
 
-def order_sensitivity(shop: Workshop, stage: Stage, seed: int) -> dict[str, float]:
+def order_sensitivity(shop: Workshop, stage: Stage, load: Callable[[], Any], seed: int) -> dict[str, float]:
     """{"shuffled": the primary metric with shuffled histories, "cosine": mean over test cases of the cosine between
-    the user vectors of a history in order and shuffled}; kept beside the stage."""
+    the user vectors of a history in order and shuffled}, of the model `load` gives; kept beside its stage."""
     metric = shop.config.primary_metric
     path = stage.folder / f"shuffled-window-{metric.replace('@', '-')}.json"
     if not path.is_file():
-        model = stage.load()
+        model = load()
         table = evaluate_ranker(
             Shuffled(model, seed), shop.dataset, shop.split, ks=shop.config.k, seed=seed, progress=shop.progress
         )

@@ -6,6 +6,7 @@ in it, so both are printed for every LLM row. Source: recsys_evaluation 3.5.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from recollect.distill.stages import Stage
@@ -15,10 +16,11 @@ from recollect.eval.ranking import evaluate_ranker
 from recollect.io import read_json, write_json
 
 
-def other_mask(shop: Workshop, stage: Stage, table: CaseTable, seed: int) -> dict[str, Any]:
+def other_mask(shop: Workshop, stage: Stage, load: Callable[[], Any], table: CaseTable, seed: int) -> dict[str, Any]:
     """The primary metric of a stage's model under both masks; the one without is kept beside the stage.
 
     Args:
+        load: gives the stage's model.
         table: of the same model with the history masked.
 
     Returns:
@@ -28,7 +30,7 @@ def other_mask(shop: Workshop, stage: Stage, table: CaseTable, seed: int) -> dic
     path = stage.folder / f"unmasked-{metric.replace('@', '-')}.json"
     if not path.is_file():
         bare = evaluate_ranker(
-            stage.load(), shop.dataset, shop.split, mask="none", ks=shop.config.k, seed=seed, progress=shop.progress
+            load(), shop.dataset, shop.split, mask="none", ks=shop.config.k, seed=seed, progress=shop.progress
         )
         write_json(path, bare.aggregate([metric], seed=shop.config.seed)[metric])
     return {

@@ -7,8 +7,11 @@ the current one resumes from the training loop's checkpoint in its `work/`.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 
 from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.errors import InputError
-from recollect.io import canonical_json, read_json, sha256_text, write_json
+from recollect.io import canonical_json, disk_errors, read_json, sha256_text, write_json
 from recollect.recommenders.llm_sequential import LlmSequential
 from recollect.recommenders.models import MODELS
 
@@ -78,17 +81,31 @@ class Stages:
         full = {"kind": kind, **recipe, "context": dict(self.context)}
         key = sha256_text(canonical_json(full))[:16]
         folder = self.folder / f"{kind}-{key}"
-        if not (folder / STAGE_FILE).is_file():
-            model, info = make(folder / "work")
-            if model is not None:
-                model.save_pretrained(folder / "model")
-            write_json(folder / STAGE_FILE, {"recipe": full, "info": info})
-            self.made.append(folder.name)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        with _one_at_a_time(folder):
+            if not (folder / STAGE_FILE).is_file():
+                model, info = make(folder / "work")
+                if model is not None:
+                    model.save_pretrained(folder / "model")
+                write_json(folder / STAGE_FILE, {"recipe": full, "info": info})
+                self.made.append(folder.name)
+            shutil.rmtree(folder / "work", ignore_errors=True)
         info = read_json(folder / STAGE_FILE)["info"]
         if "seconds" in info:
             self.seconds[folder.name] = float(info["seconds"])
         return Stage(key, folder, full, info)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Holds a stage; another process that wants it waits and then finds it made. The lock dies with its process."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:

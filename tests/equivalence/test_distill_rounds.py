@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.losses import distillation_loss
 from recollect.distill.rounds import Strength, train_half
 from recollect.distill.weights import sample_weights, true_item_rank
+from recollect.errors import TrainingDiverged
 from recollect.eval.metrics import ndcg, rank_counts
 from recollect.io import read_json
 from recollect.loop import LoopConfig, train
@@ -290,6 +292,26 @@ def test_every_method_gives_its_rows_and_item_vectors_are_injected_anew_or_not(d
         seen.add(recipe["embedding"] == recipe["teacher"])
     assert seen == {True, False}  # re-injected; with no-update those of round 0
     assert type(wrap(crm)) is Crm
+
+
+def test_processes_side_by_side_make_the_run_of_one(decoder, tmp_path):
+    options = {**SMALL, "rounds": 1, "seeds": 2, "teacher": str(decoder), "method": "up-only", "compare": ("none",)}
+    one = recollect.distill(LOG, out=tmp_path / "one", **options)
+    two = recollect.distill(LOG, out=tmp_path / "two", workers=2, **options)
+    for section in ("models", "differences", "shuffled_histories", "other_mask"):
+        assert two.sections[section] == one.sections[section]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+    assert lines[0] == lines[1]
+    assert not list((tmp_path / "two").glob("teacher-states*"))
+
+
+def test_what_a_process_refuses_reaches_the_caller_and_ends_the_others(decoder, tmp_path):
+    options = {**SMALL, "rounds": 1, "seeds": 2, "teacher": str(decoder), "student_learning_rate": 1e38}
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        recollect.distill(LOG, out=tmp_path / "run", workers=2, **options)
+    for process in multiprocessing.active_children():
+        process.join(timeout=30)
+    assert not multiprocessing.active_children()
 
 
 def test_labels_only_is_the_alternation_with_a_lambda_of_zero(decoder, tmp_path):

@@ -25,7 +25,7 @@ CASES = held_out_cases(LOG, SPLIT, "test")
 def sensitivity_of(model, folder):
     config = SimpleNamespace(primary_metric="ndcg@10", k=(10,))
     shop = SimpleNamespace(config=config, dataset=LOG, split=SPLIT, progress=SilentProgress())
-    return order_sensitivity(shop, SimpleNamespace(folder=folder, load=lambda: model), 0)
+    return order_sensitivity(shop, SimpleNamespace(folder=folder), lambda: model, 0)
 
 
 def test_shuffling_keeps_the_items_of_a_history_and_is_the_same_every_time():
