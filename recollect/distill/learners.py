@@ -293,6 +293,11 @@ class KeptStates:
             self._found = wanted, SampleTeacher.cached(self.folder, teacher, sequences, wanted)
         return self._found[1]
 
+    @property
+    def rank(self) -> np.ndarray | None:
+        """(E,) float32 the teacher's ranks of the true items, NaN where it was not asked; None before it was read."""
+        return None if self._found is None else self._found[1].rank
+
 
 def constant_teacher(counts: np.ndarray, sequences: Sequences, smoothing: float = 1.0) -> SampleTeacher:
     """The controls: a teacher of popularity, or of nothing (zero counts: label smoothing)."""

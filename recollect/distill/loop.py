@@ -46,7 +46,8 @@ def distill(data: str | Path | Dataset = "harbor", *, progress: Progress | None 
     Args:
         data: bundled world, registered name, path, or a `Dataset` (which `core` still filters).
         progress: where to say how far the run is; silent by default.
-        options: fields of `recollect.distill.config.DistillConfig`.
+        options: fields of `recollect.distill.config.DistillConfig`. A script that asks for several workers must call
+            this under `if __name__ == "__main__":`, as always where processes are started.
 
     Returns:
         The report that was also written to the run folder (`out`, by default the first free runs/distill-DATA-N).

@@ -197,11 +197,19 @@ def fixed_weights(student_rank: np.ndarray, teacher_rank: np.ndarray, wanted: np
 
 
 def weight_statistics(
-    student: Learner, teacher: Learner, sequences: Sequences, validation: Cases, seed: int
+    student: Learner,
+    teacher: Learner,
+    sequences: Sequences,
+    validation: Cases,
+    seed: int,
+    teacher_rank: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The weights both models as they are now would give, over samples of some users and their validation cases.
 
     Training ranks favour whoever memorises more; the validation mean beside the training mean shows by how much.
+
+    Args:
+        teacher_rank: (E,) the teacher's ranks of the true items, where it was read already.
 
     Returns:
         {"train": mean, "valid": mean or None, "histogram": share of training samples per bin over [0, 2], "n": count}.
@@ -211,7 +219,9 @@ def weight_statistics(
     for index in users:
         chosen[sequences.starts[index] : sequences.starts[index + 1]] = True
     chosen &= trained_samples(student, sequences)
-    weights = fixed_weights(ranks_of(student, sequences, chosen), ranks_of(teacher, sequences, chosen), chosen)[chosen]
+    if teacher_rank is None:
+        teacher_rank = ranks_of(teacher, sequences, chosen)
+    weights = fixed_weights(ranks_of(student, sequences, chosen), teacher_rank, chosen)[chosen]
     cases = validation.take(np.isin(validation.user, sequences.user[users]))
     edges = np.linspace(0, 2, WEIGHT_BINS + 1)
     counts, _ = np.histogram(weights, edges)

@@ -227,6 +227,7 @@ class Workshop:
                 halve=True,
             )
             fixed = None if crossfit is None else read_crossfit(crossfit)
+            reader = read or KeptStates(work / "teacher")
             result = train_half(
                 Crm(model),
                 frozen,
@@ -234,13 +235,13 @@ class Workshop:
                 how=how,
                 loop=loop,
                 scratch=work / "teacher",
-                read=read,
+                read=reader,
                 fixed_ranks=None if fixed is None else (fixed.crm, fixed.llm),
                 validation=self.validation,
                 folder=work,
                 progress=self.progress,
             )
-            return model, self._info(model, result, **self._weights(model, frozen, seed))
+            return model, self._info(model, result, **self._weights(model, frozen, seed, reader.rank))
 
         recipe = {
             "student": crm.key,
@@ -343,10 +344,13 @@ class Workshop:
     def cut(self) -> int:
         return int(self.config.primary_metric.partition("@")[2])
 
-    def _weights(self, student: Any, teacher: Crm | Llm | None, seed: int) -> dict[str, Any]:
+    def _weights(
+        self, student: Any, teacher: Crm | Llm | None, seed: int, teacher_rank: np.ndarray | None = None
+    ) -> dict[str, Any]:
         if teacher is None:
             return {}
-        return {"weights": weight_statistics(wrap(student), teacher, self.sequences, self.validation, seed)}
+        found = weight_statistics(wrap(student), teacher, self.sequences, self.validation, seed, teacher_rank)
+        return {"weights": found}
 
     def _info(self, model: Any, result: LoopResult | None, **more: Any) -> dict[str, Any]:
         return info_of(model, result, self.validation, self.cut, **more)
