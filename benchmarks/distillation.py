@@ -22,7 +22,7 @@ from recollect.distill.config import DistillConfig
 
 METRICS = ("ndcg@10", "hr@10")
 AGAINST = ("student_alone", "self_distilled", "labels-only/student")
-UNTOLD = frozenset({"data", "out", "resume", "overwrite", "dry_run", "compare", "seeds", "seed", "k"})
+UNTOLD = frozenset({"data", "out", "resume", "overwrite", "dry_run", "compare", "seeds", "workers", "seed", "k"})
 
 
 def main() -> None:
