@@ -65,9 +65,9 @@ def train_side_by_side(shop: Workshop) -> None:
             future.result()
             shop.progress.advance(1)
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
+            process.kill()  # an inherited disposition may ignore SIGTERM, and checkpoints are whole files
+        pool.shutdown(cancel_futures=True)  # returns when every process has been waited for
         raise
     pool.shutdown()
 
