@@ -41,6 +41,39 @@ class Factors(NamedTuple):
         return logit if self.bias is None else logit + wide(self.bias.detach()[item])
 
 
+class Shares(NamedTuple):
+    """A teacher's distributions at one temperature, for samples that are gone through many times.
+
+    share: (B, N) float32, rows sum to 1.  log_mass: (B,) sum_j share log share, the negative entropy.
+    """
+
+    share: Tensor
+    log_mass: Tensor
+    temperature: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, N)."""
+        return len(self.share), self.share.shape[1]
+
+    @classmethod
+    def of(cls, logits: Tensor, temperature: float) -> Shares:
+        """Of logits (B, N); -inf excludes an item."""
+        log_share = (logits / temperature).log_softmax(1)
+        share = log_share.exp()
+        # The logarithm of what is excluded is made finite: it counts 0 times.
+        return cls(share, row_products(share, log_share.clamp_(min=torch.finfo(log_share.dtype).min)), temperature)
+
+    def detach(self) -> Shares:
+        """Itself: it has no graph."""
+        return self
+
+
+def row_products(one: Tensor, two: Tensor) -> Tensor:
+    """(B,) inner products of the rows of two (B, N), without a (B, N) between."""
+    return torch.bmm(one[:, None], two[:, :, None]).flatten()
+
+
 def wide(values: Tensor) -> Tensor:
     """`values` in float32, or float64 where they are: half-precision logits of a large catalogue tie."""
     return values if values.dtype == torch.float64 else values.float()

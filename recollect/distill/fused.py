@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.distill.factors import Factors, wide
+from recollect.distill.factors import Factors, Shares, row_products, wide
 from recollect.distill.losses import require_same_shape, require_strength, require_temperature
 from recollect.distill.weights import sample_weights, true_item_rank
-from recollect.errors import InputError
+from recollect.errors import ConfigError, InputError
 
 CHUNK_SCORES = 2**20
 ALL = slice(None)
@@ -32,7 +32,7 @@ class _Fused(torch.autograd.Function):
         state: Tensor,
         items: Tensor,
         target: Tensor,
-        teacher: Factors | Tensor,
+        teacher: Factors | Tensor | Shares,
         weight: Tensor | None,
         teacher_rank: Tensor | None,
         temperature: float,
@@ -57,13 +57,13 @@ class _Fused(torch.autograd.Function):
                     used[part] = sample_weights(true_item_rank(logits, target[part]), teacher_rank[part])
                 elif weight is not None:
                     used[part] = weight[part]
-                taught = wide(teacher[part]) if isinstance(teacher, Tensor) else teacher.block(part, ALL)
-                log_taught = (taught / temperature).log_softmax(1)
+                if isinstance(teacher, Shares):
+                    share, log_mass = teacher.share[part], teacher.log_mass[part]
+                else:
+                    taught = wide(teacher[part]) if isinstance(teacher, Tensor) else teacher.block(part, ALL)
+                    share, log_mass, _ = Shares.of(taught, temperature)
                 log_soft = logits.div_(temperature).log_softmax(1)
-                share = log_taught.exp()
-                # An item the teacher excludes (-inf) adds 0: its share is 0, and its logarithm is made finite.
-                distance = log_taught.clamp_(min=torch.finfo(log_taught.dtype).min).sub_(log_soft)
-                kl = torch.bmm(share[:, None], distance[:, :, None]).flatten()
+                kl = log_mass - row_products(share, log_soft)
                 loss += scale * (used[part] * kl).sum()
                 difference = log_soft.exp_().sub_(share)
                 gradient.addcmul_(difference, used[part, None], value=scale / temperature)
@@ -85,7 +85,7 @@ class _Fused(torch.autograd.Function):
 def fused_distillation_loss(
     student: Factors,
     target: Tensor,
-    teacher: Factors | Tensor,
+    teacher: Factors | Tensor | Shares,
     *,
     weight: Tensor | None = None,
     teacher_rank: Tensor | None = None,
@@ -98,7 +98,7 @@ def fused_distillation_loss(
     Args:
         student: states (M, D) and items (N, D) that may require gradients; no bias.
         target: (M,) int64.
-        teacher: factors of any width, or logits (M, N); gets no gradient.
+        teacher: factors of any width, logits (M, N), or distributions made at this temperature; gets no gradient.
         weight: (M,) fixed trust per sample.
         teacher_rank: (M,) the teacher's ranks of the true items; the weights are then `sample_weights` against the
             student's ranks in this very pass. At most one of the two; with neither every weight is 1.
@@ -118,6 +118,8 @@ def fused_distillation_loss(
     require_same_shape(student.shape, tuple(teacher.shape))
     if weight is not None and teacher_rank is not None:
         raise InputError("give weights or the teacher's ranks, not both")
+    if isinstance(teacher, Shares) and teacher.temperature != temperature:
+        raise ConfigError(f"the teacher's shares were made at temperature {teacher.temperature!r}, not {temperature!r}")
     for name, column in (("target", target), ("weight", weight), ("teacher_rank", teacher_rank)):
         if column is not None and column.shape != (len(student.state),):
             raise InputError(f"{name} must be ({len(student.state)},), one per sample, got {tuple(column.shape)}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.data.examples import Sequences
-from recollect.distill.factors import Factors
+from recollect.distill.factors import Factors, Shares
 from recollect.distill.teachers import CachedStateTeacher, PopularityTeacher
 from recollect.distill.weights import true_item_rank
 from recollect.errors import ConfigError, InputError
@@ -27,8 +27,10 @@ from recollect.recommenders.neural import NeuralRecommender
 from recollect.recommenders.packing import Batch, EpochBatches, make_batch
 
 READ_POSITIONS = 16_384  # conventional side: positions read at a time without training
-READ_ROWS = 64  # LLM side: windows read at a time without training
+READ_ROWS = {"cpu": 32}  # LLM side: windows read at a time without training; more leave a CPU's cache
+READ_ROWS_ELSEWHERE = 128
 CHUNK_SCORES = 2**22
+SHARE_CELLS = 2**27  # a teacher's distributions are kept up to so many numbers
 FULL_PRECISION_BYTES = 2**31  # larger caches of states are kept in bfloat16
 
 
@@ -172,7 +174,7 @@ class Llm:
             wanted,
             supervision=config.supervision,
             max_length=config.max_length,
-            batch_size=READ_ROWS,
+            batch_size=READ_ROWS.get(self.module.head.weight.device.type, READ_ROWS_ELSEWHERE),
         )
 
     def factors(self, batch: Any) -> Factors:
@@ -234,6 +236,7 @@ class SampleTeacher:
     def __init__(self, source: CachedStateTeacher | PopularityTeacher, row: np.ndarray, rank: np.ndarray) -> None:
         self.source, self.row, self.rank = source, row, rank
         self.n_items = source.n_items
+        self._shares: Shares | None = None
 
     @classmethod
     def cached(cls, folder: Path, teacher: Learner, sequences: Sequences, wanted: np.ndarray) -> Self:
@@ -272,12 +275,39 @@ class SampleTeacher:
         Raises:
             InputError: a sample the teacher was not asked about.
         """
-        rows = self.row[position]
-        if (rows < 0).any():
-            raise InputError(f"the teacher was not asked about the sample at position {int(position[rows < 0][0])}")
+        rows = self._rows(position)
         if isinstance(self.source, CachedStateTeacher):
             return self.source.factors(rows)
         return self.source.logits(rows)
+
+    def take_often(self, position: np.ndarray, temperature: float) -> Factors | Tensor | Shares:
+        """As `take`, for samples that are gone through in several epochs at one temperature: where all distributions
+        together take up to 512 MB, they are made once."""
+        if not isinstance(self.source, CachedStateTeacher) or len(self.source) * self.n_items > SHARE_CELLS:
+            return self.take(position)
+        if self._shares is None or self._shares.temperature != temperature:
+            self._shares = _all_shares(self.source, temperature)
+        rows = torch.from_numpy(self._rows(position)).to(self._shares.share.device)
+        return Shares(self._shares.share[rows], self._shares.log_mass[rows], temperature)
+
+    def _rows(self, position: np.ndarray) -> np.ndarray:
+        rows = self.row[position]
+        if (rows < 0).any():
+            raise InputError(f"the teacher was not asked about the sample at position {int(position[rows < 0][0])}")
+        return rows
+
+
+def _all_shares(source: CachedStateTeacher, temperature: float) -> Shares:
+    step = max(16, CHUNK_SCORES // source.n_items)
+    device = source.factors(np.arange(1)).state.device
+    share = torch.empty(len(source), source.n_items, device=device)
+    log_mass = torch.empty(len(source), device=device)
+    for low in range(0, len(source), step):
+        rows = np.arange(low, min(low + step, len(source)))
+        share[low : low + step], log_mass[low : low + step], _ = Shares.of(
+            source.factors(rows).block(slice(None), slice(None)), temperature
+        )
+    return Shares(share, log_mass, temperature)
 
 
 class KeptStates:

@@ -124,7 +124,10 @@ def train_half(
         weight_of = _weights(student, known, sequences, wanted, how, fixed_ranks)
 
         def loss(batch: Any) -> Tensor:
-            taught = known.take(batch.position)
+            if loop.epochs > 1:
+                taught = known.take_often(batch.position, how.temperature)
+            else:
+                taught = known.take(batch.position)
             value, _ = fused_distillation_loss(
                 student.factors(batch),
                 batch.targets,

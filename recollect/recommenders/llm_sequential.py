@@ -57,7 +57,8 @@ from recollect.types import Dataset, Split
 
 ADAPTER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
-SCORE_POSITIONS = 4096  # history positions read at a time
+SCORE_POSITIONS = {"cpu": 1600}  # history positions read at a time; more leave a CPU's cache
+SCORE_POSITIONS_ELSEWHERE = 8192
 
 
 class LlmSequential:
@@ -212,10 +213,11 @@ class LlmSequential:
         states = head.new_zeros((len(histories), head.shape[1]))
         cut = [np.asarray(history)[-self.config.max_length :] for history in histories]
         order = sorted(range(len(cut)), key=lambda row: -len(cut[row]))
+        at_once = SCORE_POSITIONS.get(head.device.type, SCORE_POSITIONS_ELSEWHERE)
         low = 0
         with torch.inference_mode():
             while low < len(order):
-                high = low + max(1, SCORE_POSITIONS // max(1, len(cut[order[low]])))
+                high = low + max(1, at_once // max(1, len(cut[order[low]])))
                 rows = order[low:high]
                 items, real = left_padded([cut[row] for row in rows])
                 states[rows] = module.states(LlmBatch(items, real, None, None, None).to(head.device))
@@ -327,11 +329,16 @@ class LlmSequential:
 def _keep_in_bf16(trunk: torch.nn.Module) -> None:
     """Round frozen linear weights to bfloat16 once, as autocast would at every pass (a quarter of a step's time).
 
-    Scores and gradients stay the same to the last bit; norms and word vectors stay in float32.
+    So are the blocks' other weights (norms) where nothing is lost by it, which saves the products after them a copy.
+    Scores and gradients stay the same to the last bit; the last norm and word vectors stay in float32.
     """
     for layer in trunk.modules():
         if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad:
             layer.weight.data = layer.weight.data.to(torch.bfloat16)
+    for name, weight in trunk.named_parameters():
+        rounded = weight.data.to(torch.bfloat16)
+        if weight.ndim == 1 and ".layers." in name and not weight.requires_grad and torch.equal(rounded, weight.data):
+            weight.data = rounded
 
 
 def _with_adapter(trunk: Any, config: LlmConfig) -> Any:

@@ -15,14 +15,14 @@ from recollect.data.examples import training_sequences
 from recollect.data.splits import leave_one_out
 from recollect.distill.config import METHODS, DistillConfig
 from recollect.distill.ensemble import WeightChoice, mixed_scores
-from recollect.distill.factors import Factors
+from recollect.distill.factors import Factors, Shares
 from recollect.distill.fused import fused_distillation_loss
 from recollect.distill.learners import Crm, KeptStates, Llm, SampleTeacher, trained_samples, weights_hash, wrap
 from recollect.distill.llm_srec_ranker import LlmSRec
 from recollect.distill.losses import distillation_loss
 from recollect.distill.rounds import Strength, train_half
 from recollect.distill.weights import sample_weights, true_item_rank
-from recollect.errors import TrainingDiverged
+from recollect.errors import ConfigError, TrainingDiverged
 from recollect.eval.metrics import ndcg, rank_counts
 from recollect.io import read_json
 from recollect.loop import LoopConfig, train
@@ -76,6 +76,42 @@ def test_the_fused_loss_equals_the_plain_one_gradients_included(kind):
     torch.testing.assert_close(used, weight.to(used.dtype))
     for one, two in zip(found, torch.autograd.grad(plain, (state, items)), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-14)
+
+
+def test_distributions_made_once_give_the_loss_of_the_logits_and_only_at_their_temperature():
+    generator = torch.Generator().manual_seed(0)
+    state, items = (torch.randn(n, 6, generator=generator, dtype=torch.float64).requires_grad_() for n in (50, 31))
+    taught = torch.randn(50, 31, generator=generator, dtype=torch.float64)
+    taught[:, 3] = -torch.inf
+    target = torch.randint(31, (50,), generator=generator)
+    results = []
+    for teacher in (taught, Shares.of(taught, 2.0)):
+        value, _ = fused_distillation_loss(Factors(state, items), target, teacher, temperature=2.0, strength=0.5)
+        results.append([value, *torch.autograd.grad(value, (state, items))])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-15)
+    ones = torch.ones(50, dtype=torch.float64)
+    plain = distillation_loss(state @ items.T, target, taught, ones, temperature=2.0, strength=0.5)
+    torch.testing.assert_close(results[0][0], plain, rtol=1e-12, atol=0)
+    with pytest.raises(ConfigError, match=r"made at temperature 2\.0, not 1\.0"):
+        fused_distillation_loss(Factors(state, items), target, Shares.of(taught, 2.0), temperature=1.0, strength=0.5)
+
+
+def test_a_teacher_asked_often_gives_the_distributions_of_its_logits(decoder, tmp_path, monkeypatch):
+    crm = Crm(student())
+    wanted = trained_samples(crm, SEQUENCES)
+    teacher = SampleTeacher.cached(tmp_path / "teacher", crm, SEQUENCES, wanted)
+    position = np.flatnonzero(wanted)[::7]
+    given = teacher.take_often(position, 2.0)
+    factors = teacher.take(position)
+    expected = (factors.state @ factors.items.T / 2).softmax(1)
+    torch.testing.assert_close(given.share, expected)
+    torch.testing.assert_close(given.log_mass, (expected * expected.log()).sum(1), rtol=1e-4, atol=1e-5)
+    assert teacher.take_often(position, 1.0).temperature == 1.0
+    with pytest.raises(recollect.RecollectError, match="was not asked about"):
+        teacher.take_often(np.flatnonzero(~wanted)[:1], 2.0)
+    monkeypatch.setattr("recollect.distill.learners.SHARE_CELLS", 10)
+    assert isinstance(teacher.take_often(position, 2.0), Factors)
 
 
 def test_a_weight_of_zero_everywhere_is_cross_entropy_bit_for_bit():
