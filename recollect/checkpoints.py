@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,65 @@ if TYPE_CHECKING:
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 FORMAT = 1
+
+
+@dataclass
+class Moments:
+    """What an optimiser remembers of each parameter, by name: carried from one run to the next.
+
+    tensors: parameter name -> the optimiser's own names ("step", "exp_avg", …) -> values, on the CPU.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def give(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> None:
+        """Put what is held into `optimizer`; a parameter of another name or shape begins without a past."""
+        for name, parameter in trained.items():
+            held = self.tensors.get(name, {})
+            if held and all(value.ndim == 0 or value.shape == parameter.shape for value in held.values()):
+                optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in held.items()}
+
+    def take(self, optimizer: Any, trained: Mapping[str, nn.Parameter]) -> None:
+        """Hold what `optimizer` remembers of these parameters, and of no others."""
+        self.tensors = {
+            name: {key: value.detach().to("cpu").clone() for key, value in optimizer.state[parameter].items()}
+            for name, parameter in trained.items()
+            if optimizer.state.get(parameter)
+        }
+
+    def write(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            StorageRefused: the disk refused.
+        """
+        from safetensors.torch import save
+
+        flat = {
+            f"{key}.{name}": value.contiguous() for name, held in self.tensors.items() for key, value in held.items()
+        }
+        with atomic_open(path, "wb") as handle:
+            handle.write(save(flat))
+
+    @classmethod
+    def read(cls, path: Path) -> Moments:
+        """Inverse of `write`.
+
+        Raises:
+            InputError: the file is missing or torn.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            flat = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} does not hold an optimiser's moments ({error}); start the run anew") from error
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for title, value in flat.items():
+            key, _, name = title.partition(".")
+            tensors.setdefault(name, {})[key] = value
+        return cls(tensors)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from recollect.checkpoints import Position, RunState
+from recollect.checkpoints import Moments, Position, RunState
 from recollect.errors import ConfigError, TrainingDiverged
 from recollect.progress import Progress, SilentProgress
 from recollect.rng import call_seed
@@ -54,6 +54,8 @@ class LoopConfig:
     """Optimiser steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or half a cosine to 0 over all epochs."""
+    schedule_span: tuple[float, float] = (0.0, 1.0)
+    """The part of the schedule this run is; less than (0, 1) where several runs share one."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's averaging factors."""
     clip_norm: float | None = None
@@ -87,6 +89,8 @@ class LoopConfig:
             raise ConfigError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
         if self.precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if len(self.schedule_span) != 2 or not 0 <= self.schedule_span[0] < self.schedule_span[1] <= 1:
+            raise ConfigError(f"schedule_span must be two rising numbers in [0, 1], got {self.schedule_span!r}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
 
@@ -126,6 +130,7 @@ def train(
     identity: Mapping[str, Any] | None = None,
     before_step: Callable[[torch.optim.Optimizer], None] | None = None,
     after_step: Callable[[torch.optim.Optimizer], None] | None = None,
+    moments: Moments | None = None,
 ) -> LoopResult:
     """Train `module` in place and leave it with its best weights (the last ones without validation), in eval mode.
 
@@ -147,6 +152,7 @@ def train(
         before_step: called with the optimiser when the gradients of a step are complete, before they are clipped.
         after_step: called with the optimiser right after its step; what it keeps between steps must be in buffers of
             the module, or a resumed run differs from an uninterrupted one.
+        moments: what the optimiser remembers of an earlier run, and after this one of this.  None = it begins anew.
 
     Raises:
         ConfigError: nothing to train on, or no parameter to train.
@@ -167,6 +173,8 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if moments is not None:
+        moments.give(optimizer, trained)
     stepper = accelerator.prepare(_step_module(module, loss))
     state = RunState(module, trained, optimizer, {**(identity or {}), **asdict(config)})
     position = state.load(folder) if folder is not None else Position()
@@ -214,7 +222,8 @@ def train(
                 if config.clip_norm is not None:
                     accelerator.clip_grad_norm_(list(trained.values()), config.clip_norm)
                 reached = (position.epoch + window[0] / len(epoch_batches)) / config.epochs
-                rate = config.learning_rate * learning_rate_factor(config, position.step, reached)
+                low, high = config.schedule_span
+                rate = config.learning_rate * learning_rate_factor(config, position.step, low + (high - low) * reached)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 optimizer.step()
@@ -239,6 +248,8 @@ def train(
                 tracker.log(position.step, {**row, "learning_rate": rate})
             checkpoint()
         state.restore_best()
+    if moments is not None:
+        moments.take(optimizer, trained)
     if validate is None:
         position.best_epoch = position.epoch
     _check_finite(trained, config)
@@ -255,8 +266,10 @@ def train(
 
 
 def learning_rate_factor(config: LoopConfig, step: int, reached: float) -> float:
-    """Share of the peak learning rate at optimiser step `step` (0 first), with `reached` in [0, 1) of the run done."""
-    factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    """Share of the peak learning rate at optimiser step `step` (0 first), with `reached` in [0, 1) of the schedule
+    done; only a schedule's first part warms up."""
+    warms_up = config.warmup_steps > 0 and config.schedule_span[0] == 0
+    factor = min(1.0, (step + 1) / config.warmup_steps) if warms_up else 1.0
     return factor * (0.5 * (1 + math.cos(math.pi * reached)) if config.schedule == "cosine" else 1.0)
 
 

@@ -194,7 +194,7 @@ class DomainBenchmark:
             "loss_on": "the next item among the task's catalogue, at every position of a history",
             "floors": "the best of popularity and a Markov chain, counted on the model's training rows, and of the "
             "similarity of texts",
-            "optimiser": "AdamW, anew for each task",
+            "optimiser": "AdamW, anew for each task unless a method's reset_optimizer is false",
         }
 
     def warnings(self) -> list[str]:

@@ -5,6 +5,7 @@
         round-T/            T = 1, 2, …: after T tasks
             training/       checkpoints of the phases while the task is being learnt
             method_state.safetensors    what the next task starts from (adapters, buffers, the method's own)
+            optimizer.safetensors       likewise, where one optimiser goes through all tasks
             metrics-PHASE/  learning curves
             result.json     facts of the training; written last: the round is finished
         adapter/round-T/    the adapters after T tasks, see `round_adapters`
@@ -28,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recollect.checkpoints import Moments
 from recollect.continual.aggregates import matrix_csv
 from recollect.continual.benchmark import Benchmark, OpenedLearner
 from recollect.continual.cells import CellResult, is_finished, read_cell, write_cell
@@ -53,6 +55,7 @@ from recollect.rng import call_seed
 
 RESULT_FILE = "result.json"
 METHOD_FILE = "method.json"
+MOMENTS_FILE = "optimizer.safetensors"
 MATRIX_FILE = "matrix.csv"
 
 
@@ -257,6 +260,10 @@ class _Run:
         self.progress.stage(f"{self.title}: learning {task.name}")
         started = time.perf_counter()
         config = _loop_of(self.options.loop, learner, call_seed(self.seed, "continual task", stage))
+        moments = None
+        if not self.entry.options.reset_optimizer:
+            moments = Moments.read(self._round_folder(stage) / MOMENTS_FILE) if stage else Moments()
+            config = replace(config, schedule_span=self._span(stage))
         with PeakOf(learner) as peak:
             phases = learn_task(
                 method,
@@ -268,8 +275,11 @@ class _Run:
                 tracker=lambda phase: Tracker(folder / f"metrics-{phase}"),
                 progress=self.progress,
                 identity={**(self.options.identity or {}), "method": self.entry.describe(), "seed": self.seed},
+                moments=moments,
             )
         write_state(method.state(learner.model), folder)
+        if moments is not None and stage + 1 < len(self.tasks):
+            moments.write(folder / MOMENTS_FILE)
         about = {"method": self.entry.describe(), "seed": self.seed, "round": stage + 1, "task": task.name}
         write_round_adapter(learner.model, self.folder / "adapter" / folder.name, about)
         parameters = trainable_report(learner.model) if attached(learner.model) is not None else None
@@ -295,6 +305,11 @@ class _Run:
             },
         )
         shutil.rmtree(folder / "training", ignore_errors=True)
+
+    def _span(self, stage: int) -> tuple[float, float]:
+        """The part of the whole sequence's optimiser steps that a task is."""
+        steps = [task.steps * task.epochs for task in self.tasks]
+        return sum(steps[:stage]) / sum(steps), sum(steps[: stage + 1]) / sum(steps)
 
     def _result(self) -> SequenceResult:
         cells = {cell: read_cell(self.folder / "cells", cell, self.names[cell.task]) for cell in self.plan}

@@ -140,7 +140,7 @@ class TraceBenchmark:
             "answers_at_a_time": config.eval_batch,
             "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
             "loss_on": config.loss_on,
-            "optimiser": "AdamW, anew for each task (the benchmark's own LoRA run keeps its state)",
+            "optimiser": "AdamW, anew for each task unless a method's reset_optimizer is false",
         }
 
     def warnings(self) -> list[str]:

@@ -141,6 +141,22 @@ def test_kill_9_in_the_middle_of_task_three_and_resume_give_the_same_matrix_bit_
     assert not (seed / "round-3" / "training").exists()
 
 
+def test_sequential_lora_goes_through_all_tasks_with_one_optimiser_unless_told_otherwise(
+    world, uninterrupted, tmp_path
+):
+    seed = uninterrupted["seq-lora"] / "methods" / "seq-lora" / "seed-0"
+    kept = [(seed / f"round-{stage}" / "optimizer.safetensors").is_file() for stage in range(1, len(TASKS) + 1)]
+    assert kept == [True] * (len(TASKS) - 1) + [False]
+    continual(world / "trace", **options(world, tmp_path / "run", "seq-lora", set=("seq-lora.reset_optimizer=true",)))
+    anew = tmp_path / "run" / "methods" / "seq-lora" / "seed-0"
+    first, second = (
+        [read_state(folder / f"round-{stage}").tensors for folder in (seed, anew)] for stage in (1, len(TASKS))
+    )
+    assert all(torch.equal(tensor, first[1][name]) for name, tensor in first[0].items())
+    assert any(not torch.equal(tensor, second[1][name]) for name, tensor in second[0].items())
+    assert not list(anew.rglob("optimizer.safetensors"))
+
+
 def test_a_finished_run_is_not_computed_again_and_takes_further_methods_and_seeds(world, uninterrupted, tmp_path):
     class Nothing(SilentProgress):
         def stage(self, name, total=None):

@@ -7,7 +7,8 @@ import torch
 from support.loop_world import CONFIG, Problem
 from torch import nn
 
-from recollect.errors import ConfigError, TrainingDiverged
+from recollect.checkpoints import Moments
+from recollect.errors import ConfigError, InputError, TrainingDiverged
 from recollect.loop import LoopConfig, learning_rate_factor, train
 from recollect.progress import SilentProgress
 from recollect.tracking import Tracker
@@ -228,3 +229,39 @@ def test_reduced_precision_leaves_the_setting_as_it_was():
 def test_illegal_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LoopConfig(**options)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_two_runs_with_one_optimiser_and_one_schedule_are_one_run_of_both(schedule, tmp_path):
+    config = LoopConfig(epochs=4, learning_rate=0.05, schedule=schedule, warmup_steps=3)
+    whole, parts, anew = Straight(), Straight(), Straight()
+    train(whole.module, batches=whole.batches, loss=whole.loss, config=config)
+    moments = Moments()
+    for span in ((0.0, 0.5), (0.5, 1.0)):
+        half = replace(config, epochs=2, schedule_span=span)
+        train(parts.module, batches=parts.batches, loss=parts.loss, config=half, moments=moments)
+        train(anew.module, batches=anew.batches, loss=anew.loss, config=half)
+        moments.write(tmp_path / "moments")
+        moments = Moments.read(tmp_path / "moments")
+    assert torch.equal(whole.module.weight, parts.module.weight)
+    assert torch.equal(whole.module.bias, parts.module.bias)
+    assert not torch.equal(whole.module.weight, anew.module.weight)
+
+
+def test_moments_of_another_shape_or_name_are_left_behind_and_a_torn_file_is_refused(tmp_path):
+    problem, moments = Straight(), Moments()
+    config = LoopConfig(epochs=1, learning_rate=0.05)
+    train(problem.module, batches=problem.batches, loss=problem.loss, config=config, moments=moments)
+    assert set(moments.tensors) == {"weight", "bias"}
+    moments.tensors["weight"]["exp_avg"] = torch.zeros(1, 5, dtype=torch.double)
+    moments.tensors["gone"] = moments.tensors.pop("bias")
+    one, other = Straight(), Straight()
+    train(one.module, batches=one.batches, loss=one.loss, config=config, moments=moments)
+    train(other.module, batches=other.batches, loss=other.loss, config=config)
+    assert torch.equal(one.module.weight, other.module.weight)
+    assert set(moments.tensors) == {"weight", "bias"}
+    (tmp_path / "moments").write_bytes(b"torn")
+    with pytest.raises(InputError, match="start the run anew"):
+        Moments.read(tmp_path / "moments")
+    with pytest.raises(ConfigError, match="schedule_span"):
+        LoopConfig(schedule_span=(0.5, 0.5))

@@ -15,6 +15,9 @@ class MethodConfig:
 
     seed: int = 0
     """Of the method's own draws."""
+    reset_optimizer: bool = True
+    """Begin every task with a new optimiser and schedule; false = one of each for the whole sequence, as in TRACE's own
+    LoRA run."""
 
 
 @dataclass(frozen=True)

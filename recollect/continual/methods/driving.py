@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from recollect.checkpoints import Moments
 from recollect.continual.methods.protocol import ContinualMethod, Task
 from recollect.loop import LoopConfig, LoopResult, train
 from recollect.progress import Progress
@@ -26,6 +27,7 @@ def learn_task(
     tracker: Callable[[str], Tracker | None] | None = None,
     progress: Progress | None = None,
     identity: Mapping[str, Any] | None = None,
+    moments: Moments | None = None,
 ) -> dict[str, LoopResult]:
     """Train a prepared model on one task and consolidate; returns each phase's result by its name.
 
@@ -40,6 +42,8 @@ def learn_task(
         tracker: phase name -> where its figures go.
         progress: one step per batch.
         identity: JSON values that tell this run from others.
+        moments: what the optimiser remembers of the last task, and in the end of this one.  None = every phase begins
+            with a new optimiser.
 
     Raises:
         ConfigError, ResumeRefused, TrainingDiverged: see `recollect.loop.train`.
@@ -60,6 +64,7 @@ def learn_task(
             identity={**(identity or {}), "task": task.index, "phase": phase.name},
             before_step=lambda optimizer: method.after_backward(model, optimizer),
             after_step=lambda optimizer: method.after_step(model, optimizer),
+            moments=moments,
         )
     method.after_task(task, model)
     return results

@@ -94,7 +94,12 @@ def _experts(name: str, adapter: type[MoELoraConfig], summary: str, **more: Any)
 
 
 _SPECS = (
-    MethodSpec("seq-lora", "seq_lora:SeqLora", "one LoRA pair per linear through all tasks"),
+    MethodSpec(
+        "seq-lora",
+        "seq_lora:SeqLora",
+        "one LoRA pair per linear, and one optimiser, through all tasks",
+        defaults={"reset_optimizer": False},
+    ),
     MethodSpec(
         "o-lora",
         "o_lora:OLora",
