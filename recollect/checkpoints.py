@@ -56,11 +56,8 @@ class Moments:
         """
         from safetensors.torch import save
 
-        flat = {
-            f"{key}.{name}": value.contiguous() for name, held in self.tensors.items() for key, value in held.items()
-        }
         with atomic_open(path, "wb") as handle:
-            handle.write(save(flat))
+            handle.write(save({title: value.contiguous() for title, value in self.flat().items()}))
 
     @classmethod
     def read(cls, path: Path) -> Moments:
@@ -76,6 +73,15 @@ class Moments:
             flat = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} does not hold an optimiser's moments ({error}); start the run anew") from error
+        return cls.from_flat(flat)
+
+    def flat(self) -> dict[str, Tensor]:
+        """All values as "KEY.PARAMETER" -> tensor."""
+        return {f"{key}.{name}": value for name, held in self.tensors.items() for key, value in held.items()}
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Tensor]) -> Moments:
+        """Inverse of `flat`."""
         tensors: dict[str, dict[str, Tensor]] = {}
         for title, value in flat.items():
             key, _, name = title.partition(".")
@@ -122,19 +128,15 @@ class RunState:
             if self._best:
                 tensor.copy_(self._best[name])
 
-    def _moments(self) -> dict[str, Tensor]:
-        moments = {}
-        for name, parameter in self._trained.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                moments[f"optimizer.{key}.{name}"] = value
-        return moments
-
     def save(self, folder: Path, position: Position) -> None:
         """Write one file, whole or not at all: tensors, and the position as JSON in its header."""
         from safetensors.torch import save
 
         tensors = {f"live.{name}": tensor for name, tensor in self._live().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()} | self._moments()
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        moments = Moments()
+        moments.take(self._optimizer, self._trained)
+        tensors |= {f"optimizer.{title}": tensor for title, tensor in moments.flat().items()}
         header = {
             "format": str(FORMAT),
             "config": json.dumps(self._options),
@@ -169,13 +171,12 @@ class RunState:
             for name, tensor in self._live().items()
             if f"best.{name}" in tensors
         }
-        for name, parameter in self._trained.items():
-            moments = {
-                key.split(".", 2)[1]: value
-                for key, value in tensors.items()
-                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-            }
-            self._optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+        held = {
+            title.removeprefix("optimizer."): tensor
+            for title, tensor in tensors.items()
+            if title.startswith("optimizer.")
+        }
+        Moments.from_flat(held).give(self._optimizer, self._trained)
         return position
 
     def _refuse_another_run(self, path: Path, written: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -27,8 +27,8 @@ from recollect.recommenders.neural import NeuralRecommender
 from recollect.recommenders.packing import Batch, EpochBatches, make_batch
 
 READ_POSITIONS = 16_384  # conventional side: positions read at a time without training
-READ_ROWS = {"cpu": 32}  # LLM side: windows read at a time without training; more leave a CPU's cache
-READ_ROWS_ELSEWHERE = 128
+READ_ROWS = 64  # LLM side: windows read at a time without training
+READ_ROWS_ON_CPU = 32  # more leave the cache
 CHUNK_SCORES = 2**22
 SHARE_CELLS = 2**27  # a teacher's distributions are kept up to so many numbers
 FULL_PRECISION_BYTES = 2**31  # larger caches of states are kept in bfloat16
@@ -174,7 +174,7 @@ class Llm:
             wanted,
             supervision=config.supervision,
             max_length=config.max_length,
-            batch_size=READ_ROWS.get(self.module.head.weight.device.type, READ_ROWS_ELSEWHERE),
+            batch_size=READ_ROWS_ON_CPU if self.module.head.weight.device.type == "cpu" else READ_ROWS,
         )
 
     def factors(self, batch: Any) -> Factors:

@@ -57,8 +57,8 @@ from recollect.types import Dataset, Split
 
 ADAPTER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
-SCORE_POSITIONS = {"cpu": 1600}  # history positions read at a time; more leave a CPU's cache
-SCORE_POSITIONS_ELSEWHERE = 8192
+SCORE_POSITIONS = 4096  # history positions read at a time
+SCORE_POSITIONS_ON_CPU = 1600  # more leave the cache
 
 
 class LlmSequential:
@@ -213,7 +213,7 @@ class LlmSequential:
         states = head.new_zeros((len(histories), head.shape[1]))
         cut = [np.asarray(history)[-self.config.max_length :] for history in histories]
         order = sorted(range(len(cut)), key=lambda row: -len(cut[row]))
-        at_once = SCORE_POSITIONS.get(head.device.type, SCORE_POSITIONS_ELSEWHERE)
+        at_once = SCORE_POSITIONS_ON_CPU if head.device.type == "cpu" else SCORE_POSITIONS
         low = 0
         with torch.inference_mode():
             while low < len(order):

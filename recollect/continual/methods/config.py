@@ -17,7 +17,7 @@ class MethodConfig:
     """Of the method's own draws."""
     reset_optimizer: bool = True
     """Begin every task with a new optimiser and schedule; false = one of each for the whole sequence, as in TRACE's own
-    LoRA run."""
+    LoRA run (a task's phases then share the task's part of the schedule)."""
 
 
 @dataclass(frozen=True)
