@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from typing import Any
 
 import torch
 from expert_loops import LoopLinear, Style, with_loops
+from memory import peak_mb
 from rows import Rows
 from torch import Tensor, nn
 
@@ -254,11 +254,6 @@ def trained_once(model: Any, name: str, size: Size) -> float:
     before = peak_mb()
     Trainee(adapted(model, name), token_ids(model, size.batch)).step()
     return peak_mb() - before
-
-
-def peak_mb() -> float:
-    """Highest resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def forked(task: Callable[[], float]) -> float:
