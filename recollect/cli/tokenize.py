@@ -4,7 +4,7 @@ A mapping in the YAML file named like the method holds its options, one named `c
 strategy:
 
     method: rq-gmm
-    rq-gmm: {covariance: tied_spherical, shrinkage: 0}
+    rq-gmm: {covariance: diag, shrinkage: 0}
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         + "".join(f"  {spec.name:<22} {spec.summary}\n" for spec in METHODS.values()),
         "recollect tokenize ml-100k --method rq-gmm --codebook-size 64 --out runs/ids",
         "recollect tokenize vectors.npy --method rq-kmeans --item-ids ids.txt --collisions zcr",
-        "recollect tokenize amazon-beauty --method rq-gmm --set covariance=tied_spherical,annealing=alternate",
+        "recollect tokenize amazon-beauty --method rq-gmm --set covariance=diag,annealing=none",
         "recollect tokenize amazon-beauty --method letter --resume --out runs/letter",
         config_help="read options, and a section of method options, from a file; flags win",
     )

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from recollect.errors import ConfigError
 from recollect.tokenize.residual_config import ResidualConfig
 
 Covariance = Literal["diag", "spherical", "tied_diag", "tied_spherical"]
+Annealing = Literal["auto", "none", "all", "alternate"]
 
 
 @dataclass(frozen=True)
 class RQGMMConfig(ResidualConfig):
     """How the mixture of each level is fitted and how codes are emitted."""
 
-    covariance: Covariance = "diag"
-    """Variances of a component: one per dimension (diag), one (spherical), or those shared by all (tied_…)."""
+    covariance: Covariance = "tied_spherical"
+    """Variances of a component: one per dimension (diag; the paper), one (spherical), or shared by all (tied_…)."""
     shrinkage: float = 10.0
     """Points of pooled variance mixed into each component's own; 0 = none. The tied kinds have nothing to shrink."""
     variance_floor: float = 1e-3
     """Smallest variance as a share of the mean variance of the level's residuals; 0 = none."""
     regularisation: float = 1e-6
     """Smallest variance in absolute terms."""
-    annealing: Literal["none", "all", "alternate"] = "none"
+    annealing: Annealing = "auto"
     """Which restarts begin with flattened responsibilities and sharpen them over the first third of the iterations:
-    none, all, or every second one, so that the likelier way is kept at each level."""
+    none, all, or every second one (alternate), so that the likelier way is kept at each level. auto = alternate where
+    there are restarts and no batch_rows, else none."""
     minimum_points: float = 2.0
     """A component with less total responsibility is re-seeded at the least likely item; 0 = never."""
     reseed_rounds: int = 5
@@ -73,9 +75,14 @@ class RQGMMConfig(ResidualConfig):
             raise ConfigError(
                 f"batch_rows must be 0 or at least codebook_size ({self.codebook_size}), got {self.batch_rows!r}"
             )
-        if self.annealing not in ("none", "all", "alternate"):
-            raise ConfigError(f"annealing must be 'none', 'all' or 'alternate', got {self.annealing!r}")
-        if self.annealing != "none" and self.batch_rows:
+        if self.annealing not in get_args(Annealing):
+            raise ConfigError(f"annealing must be one of {', '.join(get_args(Annealing))}, got {self.annealing!r}")
+        if self.annealing in ("all", "alternate") and self.batch_rows:
             raise ConfigError("annealing needs updates that see all rows; set batch_rows to 0 or annealing to none")
         if self.annealing == "alternate" and self.restarts < 2:
             raise ConfigError("annealing alternate needs one restart of each kind; set restarts to 2 or more")
+
+    def anneals(self, restart: int) -> bool:
+        """Whether this restart (from 0) begins with flattened responsibilities."""
+        is_alternate = self.annealing == "alternate" or (self.annealing == "auto" and not self.batch_rows)
+        return self.annealing == "all" or (is_alternate and restart % 2 == 1)

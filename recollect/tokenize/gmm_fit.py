@@ -172,7 +172,7 @@ class _EM:
 
     def __init__(self, rows: CentredRows, config: RQGMMConfig, moments: Moments, level: int, restart: int) -> None:
         self.rows, self.config, self.moments, self.level, self.restart = rows, config, moments, level, restart
-        self.is_annealed = config.annealing == "all" or (config.annealing == "alternate" and restart % 2 == 1)
+        self.is_annealed = config.anneals(restart)
         self.floor = smallest_variance(config, moments)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 

@@ -1,9 +1,9 @@
 """The likeliest of several fits of one level's mixture, each from first means of its own.
 
 EM ends at a local optimum that depends on where it begins, as k-means does; a comparison of the two is fair only when
-both may begin equally often. The fit with the highest mean log-likelihood of its final parameters is kept (the earlier
-one of equals): the criterion EM itself climbs, not the squared error, which another method minimises. Source: our
-design; the sources do not say how often they began.
+both may begin equally often. The fit with the highest mean log-likelihood of its final parameters is kept (the earliest
+of equals, up to rounding): the criterion EM itself climbs, not the squared error, which another method minimises.
+Source: our design; the sources do not say how often they began.
 Not covered: fits that are given up early because another is ahead.
 """
 
@@ -22,6 +22,7 @@ from recollect.tokenize.gmm_config import RQGMMConfig
 from recollect.tokenize.gmm_fit import MixtureFit, SavedState, SaveState, fit_mixture
 from recollect.tokenize.rows import RowSource
 
+_EQUAL = 1e-9  # share of a log-likelihood below which two fits are one, told apart by rounding
 _BEST = "best."
 _PARTS = ("means", "variance", "log_weight")
 
@@ -74,7 +75,7 @@ def fit_best(
         )
         saved = None
         found = [*found, fit.report["log_likelihood"]]
-        if best is None or found[-1] > found[best.report["kept"]]:
+        if best is None or found[-1] > found[best.report["kept"]] + _EQUAL * abs(found[-1]):
             best = MixtureFit(fit.mixture, {**fit.report, "kept": restart})
     assert best is not None  # restarts >= 1
     return MixtureFit(best.mixture, {**best.report, "restarts": found})

@@ -87,15 +87,18 @@ def _imported(home: str) -> Any:
 
 def _gmm(covariance: str, summary: str) -> MethodSpec:
     name = f"rq-gmm-{covariance.replace('_', '-')}"
-    return MethodSpec(name, "rq_gmm:RQGMM", "gmm_config:RQGMMConfig", summary, defaults={"covariance": covariance})
+    plain = {"covariance": covariance, "annealing": "none"}
+    return MethodSpec(name, "rq_gmm:RQGMM", "gmm_config:RQGMMConfig", summary, defaults=plain)
 
 
 _SPECS = (
-    MethodSpec("rq-gmm", "rq_gmm:RQGMM", "gmm_config:RQGMMConfig", "residual Gaussian mixtures, documented defaults"),
+    MethodSpec(
+        "rq-gmm", "rq_gmm:RQGMM", "gmm_config:RQGMMConfig", "residual Gaussian mixtures: one variance, annealed"
+    ),
     _gmm("diag", "a variance per code and dimension (the paper)"),
     _gmm("spherical", "a variance per code"),
     _gmm("tied_diag", "a variance per dimension, shared by the codes"),
-    _gmm("tied_spherical", "one variance"),
+    _gmm("tied_spherical", "one variance, not annealed"),
     MethodSpec("rq-kmeans", "rq_kmeans:RQKMeans", "baseline_options:RQKMeansConfig", "residual k-means (faiss)"),
     MethodSpec(
         "balanced-rq-kmeans",

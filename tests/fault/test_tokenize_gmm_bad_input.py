@@ -96,7 +96,7 @@ def test_given_codebooks_must_be_there_and_fit():
         ({"batch_rows": 100}, "batch_rows must be 0 or at least codebook_size"),
         ({"annealing": "all", "batch_rows": 512}, "annealing needs updates that see all rows"),
         ({"annealing": "alternate", "restarts": 1}, "set restarts to 2 or more"),
-        ({"annealing": True}, "annealing must be 'none', 'all' or 'alternate', got True"),
+        ({"annealing": True}, "annealing must be one of auto, none, all, alternate, got True"),
         ({"restarts": 0}, "restarts must be at least 1, got 0"),
     ],
 )

@@ -23,7 +23,13 @@ def recovery(seed: int) -> tuple[float, float, float, float]:
     values, labels = uneven_mixture(seed)
     kmeans = KMeans(8, n_init=10, random_state=seed).fit(values)
     options = RQGMMConfig(
-        levels=1, codebook_size=8, max_iterations=200, tolerance=0, shrinkage=0, initialisation="given"
+        levels=1,
+        codebook_size=8,
+        covariance="diag",
+        max_iterations=200,
+        tolerance=0,
+        shrinkage=0,
+        initialisation="given",
     )
     model = RQGMM(options, start=[kmeans.cluster_centers_]).fit(values)
     found = model.encode(values)

@@ -63,6 +63,11 @@ def test_annealing_alternate_anneals_every_second_restart():
     assert fit_mixture(rows_of(VALUES), 12, options, restart=1).report["log_likelihood"] != ways[1]
 
 
+def test_annealing_auto_is_alternate_where_updates_see_all_rows():
+    assert [RQGMMConfig().anneals(restart) for restart in range(4)] == [False, True, False, True]
+    assert not any(RQGMMConfig(batch_rows=512).anneals(restart) for restart in range(4))
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_annealing_shares_codes_out_where_rows_of_uneven_length_trap_a_hard_start(seed):
     """Rows without clusters in many dimensions, as residuals are: means of few rows are far from every other row, so a

@@ -21,6 +21,7 @@ def plain(covariance: str = "diag", **options) -> RQGMMConfig:
         "minimum_points": 0.0,
         "tolerance": 0.0,
         "precision": "float64",
+        "annealing": "none",
     }
     return RQGMMConfig(covariance=covariance, **(values | options))
 
