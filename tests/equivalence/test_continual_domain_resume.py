@@ -3,35 +3,13 @@
 import json
 
 import pytest
-from support.continual_worlds import write_byte_decoder
+from support.continual_worlds import StopAfter, Stopped, write_byte_decoder
 from support.domain_worlds import SMALL_DOMAINS, walks, written
 
 from recollect.continual.methods.state_file import read_state
 from recollect.continual.run import continual
-from recollect.progress import SilentProgress
 
 METHOD = "mh-moe-replay"  # two phases a task, experts that grow, a memory
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(SilentProgress):
-    """Raises after so many steps of a stage whose name contains `where`."""
-
-    def __init__(self, where: str, steps: int) -> None:
-        self.where, self.left, self.inside = where, steps, False
-
-    def stage(self, name, total=None):
-        if not name.startswith("epoch"):  # epochs belong to the task named before them
-            self.inside = self.where in name
-
-    def advance(self, steps=1, note=""):
-        if self.inside:
-            self.left -= 1
-            if self.left == 0:
-                raise Stopped
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_rows, write_stream
+from support.continual_worlds import SMALL, TASKS, StopAfter, Stopped, write_byte_decoder, write_rows, write_stream
 
 from recollect.continual.learner import best_precision, usual_batch
 from recollect.continual.methods.state_file import read_state
@@ -38,27 +38,6 @@ class Dying(SilentProgress):
 data, options = json.loads(sys.argv[1])
 continual(data, progress=Dying(), **options)
 """
-
-
-class Stopped(Exception):
-    pass
-
-
-class StopAfter(SilentProgress):
-    """Raises after so many steps of a stage whose name contains `where`."""
-
-    def __init__(self, where: str, steps: int) -> None:
-        self.where, self.left, self.inside = where, steps, False
-
-    def stage(self, name, total=None):
-        if not name.startswith("epoch"):  # epochs belong to the task named before them
-            self.inside = self.where in name
-
-    def advance(self, steps=1, note=""):
-        if self.inside:
-            self.left -= 1
-            if self.left == 0:
-                raise Stopped
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from recollect.continual.trace_tasks import trace_task
+from recollect.progress import SilentProgress
 from recollect.rng import stream
 
 TASKS = ("NumGLUE-cm", "FOMC", "NumGLUE-ds")
@@ -86,3 +87,24 @@ SMALL = {
     "learning_rate": 0.02,
 }
 """Options that make a run of the small stream take a second."""
+
+
+class Stopped(Exception):
+    """What `StopAfter` raises."""
+
+
+class StopAfter(SilentProgress):
+    """Raises after so many steps of a stage whose name contains `where`."""
+
+    def __init__(self, where: str, steps: int) -> None:
+        self.where, self.left, self.inside = where, steps, False
+
+    def stage(self, name, total=None):
+        if not name.startswith("epoch"):  # epochs belong to the task named before them
+            self.inside = self.where in name
+
+    def advance(self, steps=1, note=""):
+        if self.inside:
+            self.left -= 1
+            if self.left == 0:
+                raise Stopped
