@@ -19,7 +19,10 @@ def _first_parameters(rows: np.ndarray, codes: int, seed: int) -> tuple[np.ndarr
 
 
 def mixture_ours(path: str, codes: int, steps: int, seed: int) -> dict[str, Any]:
-    """One start of one level of RQ-GMM; `steps` EM steps with the safeguards off, or the defaults where 0."""
+    """One start of one level of RQ-GMM; `steps` EM steps with the safeguards off, or else the defaults.
+
+    The covariance is scikit-learn's, diagonal.
+    """
     import torch
 
     from recollect.tokenize.gmm import Mixture
@@ -30,7 +33,7 @@ def mixture_ours(path: str, codes: int, steps: int, seed: int) -> dict[str, Any]
     rows = np.load(path)
     source = ArrayRows(rows)
     start = None
-    config = RQGMMConfig(seed=seed)
+    config = RQGMMConfig(covariance="diag", seed=seed)
     if steps:
         config = RQGMMConfig(
             covariance="diag",

@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         + "".join(f"  {spec.name:<22} {spec.summary}\n" for spec in METHODS.values()),
         "recollect tokenize ml-100k --method rq-gmm --codebook-size 64 --out runs/ids",
         "recollect tokenize vectors.npy --method rq-kmeans --item-ids ids.txt --collisions zcr",
-        "recollect tokenize amazon-beauty --method rq-gmm --set covariance=diag,annealing=none",
+        "recollect tokenize amazon-beauty --method rq-gmm --set annealing=all,restarts=5",
         "recollect tokenize amazon-beauty --method letter --resume --out runs/letter",
         config_help="read options, and a section of method options, from a file; flags win",
     )
