@@ -8,10 +8,10 @@ every script's imports need.)
 Each measurement runs in a process of its own, so its peak memory is its own; the memory after loading libraries and
 data is told apart from it. Both sides run with the same number of threads on the same rows, turn by turn.
 
-* mixture: one level of RQ-GMM against scikit-learn's GaussianMixture, diagonal covariance, from the same means,
-  variances and weights, for the same number of EM steps with every safeguard of ours off, so both must reach the same
-  log-likelihood, to `LIKELIHOOD_TOLERANCE` of it, or the run ends; and both with the defaults of one start, which is
-  scikit-learn's default number of them (n_init=1); `recollect tokenize` makes more and keeps the best.
+* mixture: one level of RQ-GMM against scikit-learn's GaussianMixture, diagonal covariance, in float32: from the same
+  means (k-means), variances and weights, for the same number of EM steps with every safeguard of ours off, so both must
+  reach the same log-likelihood, to `LIKELIHOOD_TOLERANCE` of it, or the run ends; and both with the defaults of one
+  start, which is scikit-learn's default number of them (n_init=1); `recollect tokenize` makes more and keeps the best.
 * kmeans: RQ-KMeans against a chain of faiss.Kmeans and against faiss.ResidualQuantizer: seconds, and relative squared
   error of the same rows, coded by the nearest centroid level by level.
 * growth: seconds, encoded items a second and peak memory of RQ-GMM at the same number of EM steps from few to many

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 from memory import peak_mb
 
-from recollect.rng import stream
-
 
 def _first_parameters(rows: np.ndarray, codes: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means (K, D): distinct rows; variances (K, D): those of all rows; equal weights."""
-    means = rows[stream(seed, "benchmark", "first means").choice(len(rows), codes, replace=False)].astype(np.float64)
-    variance = np.broadcast_to(rows.var(axis=0, dtype=np.float64), means.shape).copy()
-    return means, variance, np.full(codes, 1.0 / codes)
+    """Means (K, D): k-means; variances (K, D): of all rows around their means; weights: shares of the rows.
+
+    From single rows as means some components end on one row, whose variance scikit-learn rounds below zero in float32.
+    """
+    from sklearn.cluster import KMeans
+
+    found = KMeans(codes, n_init=1, max_iter=25, random_state=seed).fit(rows)
+    means = found.cluster_centers_.astype(np.float64)
+    variance = np.broadcast_to(((rows - means[found.labels_]) ** 2).mean(axis=0), means.shape).copy()
+    return means, variance, np.bincount(found.labels_, minlength=codes) / len(rows)
 
 
 def mixture_ours(path: str, codes: int, steps: int, seed: int) -> dict[str, Any]:
@@ -75,7 +79,10 @@ def mixture_sklearn(path: str, codes: int, steps: int, seed: int) -> dict[str, A
     }
     if steps:
         means, variance, weight = _first_parameters(rows, codes, seed)
-        options |= {"means_init": means, "precisions_init": 1 / variance, "weights_init": weight}
+        first = {"means_init": means, "precisions_init": 1 / variance, "weights_init": weight}
+        options |= {
+            name: values.astype(rows.dtype) for name, values in first.items()
+        }  # float64 would make all of it so
         options |= {"tol": 0.0, "max_iter": steps, "reg_covar": 1e-6}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
