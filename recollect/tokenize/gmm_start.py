@@ -1,7 +1,7 @@
 """First parameters of a mixture: k-means++ seeds, Lloyd steps, and the variances inside their cells.
 
-k-means++ draws its seeds from at most max(16384, 64 K) rows, trying a few candidates for each and keeping the one that
-lowers the error most; Lloyd steps and variances use all rows. Everything drawn comes from a named stream.
+k-means++ draws its seeds from at most max(16384, 64 K) rows; Lloyd steps and variances use all rows. Everything drawn
+comes from a named stream.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from recollect.errors import InputError
 from recollect.tokenize.gmm import Mixture, variance_of_kind, weighted_sums
 from recollect.tokenize.gmm_config import RQGMMConfig
+from recollect.tokenize.greedy_seeds import greedy_seeds
 from recollect.tokenize.nearest import NearestMeans
 from recollect.tokenize.rows import RowSource, spans
 
@@ -202,41 +203,13 @@ def random_positions(rows: CentredRows, k: int, generator: np.random.Generator) 
 
 
 def seeds(rows: CentredRows, k: int, generator: np.random.Generator) -> Tensor:
-    """(K, D) float32 k-means++ seeds: the next one is drawn by squared distance to those there are.
-
-    Of 2 + log K candidates the one that lowers the error most is taken (greedy k-means++).
-    """
+    """(K, D) float32 greedy k-means++ seeds."""
     n = len(rows)
     size = min(n, max(16384, 64 * k))
     positions = np.arange(n) if size == n else np.sort(generator.choice(n, size=size, replace=False))
     sample = _gathered(rows, positions)  # (S, D)
-    weight = np.ones(size) if rows.weight is None else rows.weight.cpu().numpy()[positions]
-    share = torch.from_numpy(weight).to(rows.device)
-    squares = sample.square().sum(dim=1)  # (S,)
-    trials = 2 + int(math.log(k))
-    chosen = [_drawn(weight, generator.random(1))[0]]
-    distance = _distances(sample, squares, np.array(chosen))[0]
-    while len(chosen) < k:
-        cost = (distance.double() * share).cpu().numpy()
-        candidates = _drawn(cost if cost.sum() > 0 else weight, generator.random(trials))
-        nearer = torch.minimum(_distances(sample, squares, candidates), distance)  # (T, S)
-        best = int((nearer.double() @ share).argmin())
-        chosen.append(candidates[best])
-        distance = nearer[best]
-    return sample[torch.from_numpy(np.array(chosen)).to(rows.device)]
-
-
-def _drawn(chance: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Positions drawn in proportion to `chance` (S,) >= 0 by inverting its running sum at uniform numbers (T,)."""
-    running = np.cumsum(chance)
-    return np.minimum(np.searchsorted(running, uniform * running[-1], side="right"), np.flatnonzero(chance)[-1])
-
-
-def _distances(sample: Tensor, squares: Tensor, positions: np.ndarray) -> Tensor:
-    """(T, S) float32 squared distances of the sample (S, D) to its rows at positions (T,)."""
-    chosen = torch.from_numpy(positions).to(sample.device)
-    found = torch.addmm(squares[None], sample[chosen], sample.T, alpha=-2).add_(squares[chosen, None]).clamp_min_(0)
-    return found.scatter_(1, chosen[:, None], 0.0)
+    weight = None if rows.weight is None else rows.weight.cpu().numpy()[positions]
+    return sample[torch.from_numpy(greedy_seeds(sample, k, weight, generator)).to(rows.device)]
 
 
 def _gathered(rows: CentredRows, positions: np.ndarray) -> Tensor:

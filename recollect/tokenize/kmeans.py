@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from recollect.errors import InputError, MissingExtra
 from recollect.rng import call_seed
 from recollect.tokenize.baseline_options import KMeansConfig
+from recollect.tokenize.greedy_seeds import greedy_seeds
 from recollect.tokenize.rows import RowSource, TensorRows, spans
 
 _SEED_ROWS_PER_CODE = 256  # k-means++ looks at no more rows than this per code; Lloyd's iterations see all
@@ -95,12 +97,10 @@ def fit_kmeans(
 def first_means(
     points: np.ndarray, n_codes: int, seeding: str, seed: int, weight: np.ndarray | None = None
 ) -> np.ndarray:
-    """(K, D) float32 means to begin from: greedy k-means++ (scikit-learn), distinct rows, or means of a partition.
+    """(K, D) float32 means to begin from: greedy k-means++, distinct rows, or means of a partition.
 
     A partition gives every mean as many random rows as the others, so all begin near the mean of the points.
     """
-    from sklearn.cluster import kmeans_plusplus
-
     generator = np.random.RandomState(seed)
     if seeding == "random":
         share = None if weight is None else weight / weight.sum()
@@ -111,8 +111,7 @@ def first_means(
     if len(points) > most:
         chosen = np.sort(generator.choice(len(points), most, replace=False))
         points, weight = points[chosen], None if weight is None else weight[chosen]
-    means, _ = kmeans_plusplus(points, n_codes, sample_weight=weight, random_state=generator)
-    return np.ascontiguousarray(means, dtype=np.float32)
+    return points[greedy_seeds(torch.from_numpy(points), n_codes, weight, np.random.default_rng(seed))]
 
 
 def _partition_means(points: np.ndarray, part: np.ndarray, n_codes: int, weight: np.ndarray | None) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from sklearn.cluster import KMeans
+import torch
+from sklearn.cluster import KMeans, kmeans_plusplus
 
 from recollect.errors import ConfigError
 from recollect.tokenize.baseline_options import KMeansConfig, RQKMeansConfig, VQConfig
+from recollect.tokenize.greedy_seeds import greedy_seeds
 from recollect.tokenize.kmeans import first_means, fit_kmeans, lloyd
 from recollect.tokenize.rq_kmeans import VQ, RQKMeans
 
@@ -48,6 +50,29 @@ def test_weights_count_like_repeated_points():
     weighted = lloyd(points, first, iterations=30, weight=weight)
     repeated = lloyd(np.repeat(points, weight, axis=0), first, iterations=30)
     np.testing.assert_allclose(weighted.means, repeated.means, atol=2e-5)
+
+
+def seed_error(points: np.ndarray, means: np.ndarray) -> float:
+    return float(((points[:, None] - means[None]) ** 2).sum(-1).min(1).sum())
+
+
+def test_greedy_seeds_are_as_good_as_those_of_scikit_learn():
+    points = blobs(1500, 8)
+    ours = [seed_error(points, first_means(points, 40, "k-means++", seed)) for seed in range(12)]
+    theirs = [seed_error(points, kmeans_plusplus(points, 40, random_state=seed)[0]) for seed in range(12)]
+    random = [seed_error(points, first_means(points, 40, "random", seed)) for seed in range(12)]
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), rel=0.03)
+    assert np.mean(random) > 1.1 * np.mean(theirs)  # or the bound above would tell nothing apart
+
+
+def test_greedy_seeds_are_distinct_rows_and_none_has_weight_zero():
+    points = np.repeat(blobs(30, 4), 5, axis=0)  # five of each
+    weight = np.tile([1.0, 0.0, 2.0, 0.0, 0.0], 30)
+    chosen = greedy_seeds(torch.from_numpy(points), 30, weight, np.random.default_rng(0))
+    assert (weight[chosen] > 0).all()
+    assert len(np.unique(points[chosen], axis=0)) == 30
+    more = greedy_seeds(torch.from_numpy(points), 40, weight, np.random.default_rng(0))  # 10 must repeat
+    assert len(np.unique(points[more], axis=0)) == 30
 
 
 def test_a_partition_begins_at_means_of_equal_parts():
