@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,17 +116,17 @@ def _coded(rows: np.ndarray, books: list[np.ndarray]) -> tuple[float, float]:
     return float((left.astype(np.float64) ** 2).sum()) / total, len(rows) / seconds
 
 
-def kmeans_ours(path: str, codes: int, levels: int, seed: int, iterations: int) -> dict[str, Any]:
-    """RQ-KMeans; one run of `iterations` Lloyd steps a level, or the defaults where 0."""
+def kmeans_ours(
+    path: str, codes: int, levels: int, seed: int, iterations: int, seeding: str = "k-means++"
+) -> dict[str, Any]:
+    """RQ-KMeans; one run of `iterations` Lloyd steps a level from such seeds, or the defaults where 0."""
     from recollect.tokenize.baseline_options import RQKMeansConfig
     from recollect.tokenize.rq_kmeans import RQKMeans
 
     rows = np.load(path)
     config = RQKMeansConfig(levels=levels, codebook_size=codes, seed=seed)
     if iterations:
-        config = RQKMeansConfig(
-            levels=levels, codebook_size=codes, seed=seed, restarts=1, iterations=iterations, tolerance=0.0
-        )
+        config = replace(config, restarts=1, iterations=iterations, tolerance=0.0, seeding=seeding)
     RQKMeans(RQKMeansConfig(levels=1, codebook_size=2)).fit(rows[:256])  # loads what it needs
     tokenizer = RQKMeans(config)
     before = peak_mb()

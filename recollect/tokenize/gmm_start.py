@@ -1,6 +1,6 @@
 """First parameters of a mixture: k-means++ seeds, Lloyd steps, and the variances inside their cells.
 
-k-means++ draws its seeds from at most max(16384, 64 K) rows; Lloyd steps and variances use all rows. Everything drawn
+k-means++ draws its seeds from a sample where rows are many; Lloyd steps and variances use all rows. Everything drawn
 comes from a named stream.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from recollect.errors import InputError
 from recollect.tokenize.gmm import Mixture, variance_of_kind, weighted_sums
 from recollect.tokenize.gmm_config import RQGMMConfig
-from recollect.tokenize.greedy_seeds import greedy_seeds
+from recollect.tokenize.greedy_seeds import greedy_seeds, seed_sample
 from recollect.tokenize.nearest import NearestMeans
 from recollect.tokenize.rows import RowSource, spans
 
@@ -204,9 +204,8 @@ def random_positions(rows: CentredRows, k: int, generator: np.random.Generator) 
 
 def seeds(rows: CentredRows, k: int, generator: np.random.Generator) -> Tensor:
     """(K, D) float32 greedy k-means++ seeds."""
-    n = len(rows)
-    size = min(n, max(16384, 64 * k))
-    positions = np.arange(n) if size == n else np.sort(generator.choice(n, size=size, replace=False))
+    chosen = seed_sample(len(rows), k, generator)
+    positions = np.arange(len(rows)) if chosen is None else chosen
     sample = _gathered(rows, positions)  # (S, D)
     weight = None if rows.weight is None else rows.weight.cpu().numpy()[positions]
     return sample[torch.from_numpy(greedy_seeds(sample, k, weight, generator)).to(rows.device)]

@@ -11,6 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_FEWEST_ROWS = 16384
+_ROWS_PER_SEED = 64
+
+
+def seed_sample(n: int, k: int, generator: np.random.Generator) -> np.ndarray | None:
+    """Ascending positions of the rows that K seeds are drawn from, at most max(16384, 64 K); None = all n of them."""
+    size = max(_FEWEST_ROWS, _ROWS_PER_SEED * k)
+    return None if n <= size else np.sort(generator.choice(n, size=size, replace=False))
+
 
 def greedy_seeds(points: Tensor, k: int, weight: np.ndarray | None, generator: np.random.Generator) -> np.ndarray:
     """(K,) positions of rows to begin from; rows repeat only where fewer than K differ.

@@ -16,10 +16,8 @@ import torch
 from recollect.errors import InputError, MissingExtra
 from recollect.rng import call_seed
 from recollect.tokenize.baseline_options import KMeansConfig
-from recollect.tokenize.greedy_seeds import greedy_seeds
+from recollect.tokenize.greedy_seeds import greedy_seeds, seed_sample
 from recollect.tokenize.rows import RowSource, TensorRows, spans
-
-_SEED_ROWS_PER_CODE = 256  # k-means++ looks at no more rows than this per code; Lloyd's iterations see all
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,10 @@ def first_means(
         return points[generator.choice(len(points), n_codes, replace=False, p=share)].copy()
     if seeding == "partition":
         return _partition_means(points, generator.permutation(len(points)) % n_codes, n_codes, weight)
-    most = _SEED_ROWS_PER_CODE * n_codes
-    if len(points) > most:
-        chosen = np.sort(generator.choice(len(points), most, replace=False))
+    draws = np.random.default_rng(seed)
+    if (chosen := seed_sample(len(points), n_codes, draws)) is not None:
         points, weight = points[chosen], None if weight is None else weight[chosen]
-    return points[greedy_seeds(torch.from_numpy(points), n_codes, weight, np.random.default_rng(seed))]
+    return points[greedy_seeds(torch.from_numpy(points), n_codes, weight, draws)]
 
 
 def _partition_means(points: np.ndarray, part: np.ndarray, n_codes: int, weight: np.ndarray | None) -> np.ndarray:
