@@ -61,8 +61,9 @@ def _section(rows: Sequence[Row]) -> str:
     for row in rows:
         tables.setdefault((row["name"], row["data"], row["model"]), []).append(row)
     for (name, data, model), found in tables.items():
-        note = f" ({found[0]['note']})" if found[0]["note"] else ""
-        lines += [f"### {name}", "", f"Data: {data}; model: {model}{note}; seed: {found[0]['seed']}.", ""]
+        told = {"Data": data, "model": model, "how": found[0]["note"], "seed": found[0]["seed"]}
+        about = "; ".join(f"{what}: {value}" for what, value in told.items() if value != "")
+        lines += [f"### {name}", "", f"{about}.", ""]
         lines += [*_table(found), ""]
     return "\n".join(lines)
 
@@ -105,7 +106,7 @@ def _number(value: float | None) -> str:
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if abs(value) >= 100 or value == int(value):
-        return f"{value:.3g}"
+        return f"{value:.4g}"
     return f"{value:.{3 if abs(value) >= 0.1 else 4}f}".rstrip("0").rstrip(".")
 
 

@@ -94,7 +94,7 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     sections = {"mixture": mixture, "kmeans": kmeans, "growth": growth, "decoding": decoding}
     with Rows("semantic_ids", options.out) as rows, tempfile.TemporaryDirectory() as folder:
-        rows.note = f"{options.threads} threads"
+        rows.note = f"{options.threads} thread{'s' if options.threads > 1 else ''}"
         for name in SECTIONS:
             if name in options.only:
                 sections[name](rows, size, options.threads, Path(folder))
