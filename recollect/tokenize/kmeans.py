@@ -164,7 +164,7 @@ def points_of(residuals: RowSource, block_rows: int) -> np.ndarray:
 def _near_origin(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points whose mean is not far away compared with their spread, and what was subtracted, (D,) float32.
 
-    faiss and scikit-learn expand squared distances into squares and products, which cancel in float32 otherwise.
+    faiss and the seeds expand squared distances into squares and products, which cancel in float32 otherwise.
     """
     mean = points.mean(axis=0, dtype=np.float64)
     some = points[:: max(1, len(points) // 4096)]  # the comparison is a rough one
