@@ -55,7 +55,8 @@ def test_one_product_equals_two(config: MoELoraConfig, monkeypatch: pytest.Monke
     joined = _passed(layer, 60)
     monkeypatch.setattr(ExpertBank, "rows_beside", lambda self, router, x: None)
     for one, other in zip(joined, _passed(layer, 60), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        rounding = 2e-6 * float(other.detach().abs().max())  # of sums, whichever order a machine takes
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=rounding)
 
 
 def test_what_a_router_keeps_does_not_hold_the_products() -> None:
