@@ -6,7 +6,7 @@
 A sequence is one method with one seed through all tasks, on two cores an hour of work; a table of eight methods is made
 in several sittings, and none has the run folders of all. So a line is kept of each sequence: the primary score of every
 test example wherever it was evaluated, which examples have equal prompts, floors, parameters, time; no text of a task.
-Sequences are compared only where data, options and model are the same.
+Sequences are compared only where data, options and model are the same; a method with two sets of options is two.
 
 * compare: OP, BWT and OP_norm of each method with 95 % intervals (test prompts and seeds resampled as in the report of
   a run), every method minus `--against`, and BWT of the first method minus half of that of the second (`--half`): above
@@ -153,11 +153,26 @@ def grouped(kept: Sequence[Mapping[str, Any]]) -> list[Sequences]:
         groups.setdefault(json.dumps(one["identity"], sort_keys=True), []).append(one)
     found = []
     for lines in groups.values():
+        named = [{**one, "method": name} for one, name in zip(lines, told_apart(lines), strict=True)]
         runs: dict[str, dict[int, RunScores]] = {}
-        for one in lines:
+        for one in named:
             runs.setdefault(one["method"], {})[one["seed"]] = scores_of(one)
-        found.append(Sequences(lines[0]["identity"], runs, lines))
+        found.append(Sequences(lines[0]["identity"], runs, named))
     return found
+
+
+def told_apart(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The method of each sequence; of one with several sets of options, all but the first have a number, too."""
+    variants: dict[str, list[str]] = {}
+    names = []
+    for one in lines:
+        about = json.dumps(one["about"], sort_keys=True)
+        known = variants.setdefault(one["method"], [])
+        if about not in known:
+            known.append(about)
+        number = known.index(about)
+        names.append(f"{one['method']} ({number + 1})" if number else one["method"])
+    return names
 
 
 def scores_of(kept: Mapping[str, Any]) -> RunScores:

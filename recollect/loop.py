@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -126,6 +126,7 @@ def train(
     tracker: Tracker | None = None,
     progress: Progress | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
+    undecayed: Collection[nn.Parameter] = (),
     size: Callable[[Batch], int] = len,  # type: ignore[assignment]
     identity: Mapping[str, Any] | None = None,
     before_step: Callable[[torch.optim.Optimizer], None] | None = None,
@@ -146,6 +147,7 @@ def train(
         tracker: gets loss, learning rate and validation per epoch.
         progress: one step per batch.
         parameters: what is trained; default every parameter that requires a gradient.
+        undecayed: those of them that `config.weight_decay` does not shrink.
         size: samples in a batch, for the samples per second.
         identity: JSON values that with `config` tell this run from others (model options, fingerprint of the data); a
             checkpoint of another identity is refused.
@@ -167,7 +169,7 @@ def train(
     progress = progress or SilentProgress()
     trained = _trained(module, parameters)
     optimizer = torch.optim.AdamW(
-        list(trained.values()),
+        _decay_groups(trained.values(), undecayed),
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -295,6 +297,15 @@ def _trained(module: nn.Module, parameters: Iterable[nn.Parameter] | None) -> di
         found = f"{len(trained)} of the {len(chosen)} given" if chosen is not None else "none"
         raise ConfigError(f"every parameter to train must belong to the module and require a gradient; found {found}")
     return trained
+
+
+def _decay_groups(trained: Collection[nn.Parameter], undecayed: Collection[nn.Parameter]) -> list[dict[str, Any]]:
+    """The optimiser's groups: what decays as the config says, and what does not."""
+    exempt = {id(parameter) for parameter in undecayed}
+    decaying = [parameter for parameter in trained if id(parameter) not in exempt]
+    spared = [parameter for parameter in trained if id(parameter) in exempt]
+    groups: list[dict[str, Any]] = [{"params": decaying}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _step_module(module: nn.Module, loss: Callable[[Any], Tensor]) -> nn.Module:

@@ -38,6 +38,7 @@ def continuation_log_likelihoods(
     """
     import torch
 
+    from recollect.continual.adapters.weighed import reading_prompts
     from recollect.continual.joined_rows import mixed_products
 
     prompt_ids = tokens.encode_prompt(prompt)
@@ -47,23 +48,24 @@ def continuation_log_likelihoods(
         if not ids:
             raise InputError(f"option {option!r} has no tokens")
         whole = np.array([*prompt_ids, *ids], dtype=np.int64)
-        labels = whole.copy()
-        labels[: len(prompt_ids)] = NO_LOSS
-        rows.append(Example(whole, labels, len(prompt_ids)))
+        learnt = whole.copy()
+        learnt[: len(prompt_ids)] = NO_LOSS
+        rows.append(Example(whole, learnt, len(prompt_ids)))
     batch = pad_left(rows, tokens.pad_id, multiple=1)
     device = next(model.parameters()).device
+    mask, labels = (torch.from_numpy(part).to(device) for part in (batch.attention_mask, batch.labels))
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), mixed_products(model):
+        with torch.no_grad(), mixed_products(model), reading_prompts(model, mask * (labels == NO_LOSS)):
             logits = model(
                 input_ids=torch.from_numpy(batch.input_ids).to(device),
-                attention_mask=torch.from_numpy(batch.attention_mask).to(device),
+                attention_mask=mask,
                 position_ids=torch.from_numpy(batch.position_ids).to(device),
             ).logits
     finally:
         model.train(was_training)
-    targets = torch.from_numpy(batch.labels).to(device)[:, 1:]
+    targets = labels[:, 1:]
     log_probs = logits[:, :-1].float().log_softmax(-1)
     picked = log_probs.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     return picked.where(targets != NO_LOSS, 0.0).sum(-1).tolist()

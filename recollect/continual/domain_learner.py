@@ -54,6 +54,11 @@ class DomainDecoder(nn.Module):
         """What the ids stand for, frozen; methods that attend with a prompt (SAPT) read it."""
         return nn.Embedding.from_pretrained(self.inputs, freeze=True)
 
+    def prompt_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, T) bool: instruction and catalogue, which stand before the items in training and in testing alike."""
+        is_word = input_ids >= len(self.outputs)
+        return is_word if attention_mask is None else is_word & attention_mask.bool()
+
     def forward(
         self,
         input_ids: Tensor,

@@ -19,6 +19,7 @@ from recollect.continual.aggregates import matrix_rows
 from recollect.continual.benchmark import Benchmark
 from recollect.continual.diagnostics.section import diagnostics_section
 from recollect.continual.entries import Entry
+from recollect.continual.general_ability import general_ability_delta
 from recollect.continual.report_panels import all_panels
 from recollect.continual.run_config import ContinualConfig
 from recollect.continual.sequence import SequenceResult
@@ -115,13 +116,18 @@ def method_section(
                 "seed": result.seed,
                 "accuracy_matrix": matrix_rows(result.scores.matrix),
                 "rounds": result.rounds,
-                "ability": result.ability,
+                "ability": result.ability and {**result.ability, "delta": ability_delta(result.ability)},
                 "evaluation_seconds": round(sum(cell.facts["seconds"] for cell in result.cells.values()), 1),
                 "empty_predictions": sum(cell.facts["empty_predictions"] for cell in result.cells.values()),
             }
             for result in results
         ],
     }
+
+
+def ability_delta(ability: Mapping[str, Any]) -> float:
+    """General Ability Delta of one sequence over the skills of the general questions."""
+    return general_ability_delta(ability["before"]["by_skill"], ability["after"]["by_skill"])
 
 
 def task_scores(task: int, results: Sequence[SequenceResult]) -> dict[str, Any]:

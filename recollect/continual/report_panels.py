@@ -373,15 +373,16 @@ def ability_panel(report: Report) -> dict[str, Any]:
         if not found:
             continue
         before, after = (np.mean([each[when]["accuracy"] for each in found]) for when in ("before", "after"))
+        deltas = [each["delta"] for each in found]
         margins = [each["after"]["margin"] - each["before"]["margin"] for each in found]
-        rows.append([name, float(before), float(after), float(after - before), float(np.mean(margins))])
+        rows.append([name, float(before), float(after), float(np.mean(deltas)), float(np.mean(margins))])
     return {
         "kind": "table",
         "title": "General questions",
-        "columns": ["method", "before", "after", "change", "change of the right answer's log-odds"],
+        "columns": ["method", "before", "after", "general ability delta", "change of the right answer's log-odds"],
         "rows": rows,
         "note": "Forty questions with four short answers each, scored by likelihood; a standard error of about 0.07: "
-        "they show a collapse, not a ranking of methods.",
+        "they show a collapse, not a ranking of methods. Delta: mean over the skills asked for, after minus before.",
     }
 
 

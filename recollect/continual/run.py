@@ -7,6 +7,7 @@ Source: trace_benchmark 9.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,14 @@ import torch
 
 from recollect.config import build, check_same_run, run_manifest, to_dict
 from recollect.continual.benchmark import Benchmark, open_benchmark
-from recollect.continual.budgets import BudgetTable, decoder_linears, match_budgets, model_linears
+from recollect.continual.budgets import (
+    BudgetTable,
+    Linears,
+    budget_of,
+    decoder_linears,
+    match_budgets,
+    model_linears,
+)
 from recollect.continual.diagnostics.factors import OldExamples, choose_old
 from recollect.continual.entries import Entry, make_entries
 from recollect.continual.learner import Generation, best_precision, usual_batch
@@ -30,6 +38,9 @@ from recollect.journal.lock import WriterLock
 from recollect.loop import LoopConfig
 from recollect.progress import Progress, SilentProgress
 from recollect.types import Report
+
+WEIGHT_SAMPLES = 1024
+SAMPLE_BYTES = 4096
 
 
 def continual(
@@ -127,10 +138,22 @@ def _open_run(config: ContinualConfig, entries: list[Entry], benchmark: Benchmar
 
 
 def _model_hash(folder: Path) -> str:
-    """What tells one decoder's files from another's without reading the weights: names, sizes, the config's text."""
+    """What tells one decoder's files from another's: names, sizes, the config's text, samples of the weights."""
     files = [[file.name, file.stat().st_size] for file in sorted(folder.iterdir()) if file.is_file()]
     described = (folder / "config.json").read_text(encoding="utf-8")
-    return sha256_text(canonical_json([files, described]))
+    weights = [_sampled_hash(file) for file in sorted(folder.glob("*.safetensors"))]
+    return sha256_text(canonical_json([files, described, weights]))
+
+
+def _sampled_hash(file: Path) -> str:
+    """SHA-256 of up to WEIGHT_SAMPLES evenly spaced blocks of a file: a tuned variant changes every block."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    step = max(SAMPLE_BYTES, size // WEIGHT_SAMPLES)
+    with file.open("rb") as handle:
+        for start in range(0, size, step):
+            handle.seek(start)
+            digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _fitted(
@@ -208,7 +231,13 @@ def _old_examples(config: ContinualConfig, benchmark: Benchmark, rows: list[Task
 
 
 def _plan(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark) -> Report:
-    """What a run would do: rows, optimiser steps, evaluations and answers."""
+    """What a run would do: rows, tokens, optimiser steps, evaluations, answers, and the disk it would take."""
+    rows = benchmark.training_rows(lambda: None)
+    linears = decoder_linears(benchmark.folder, config.keep_layers if config.benchmark == "domains" else None)
+    budgets = None
+    if config.match_budget:
+        budgets = match_budgets(entries, linears, len(benchmark.names), config.budget)
+        entries = [row.entry for row in budgets.rows]
     sizes = benchmark.sizes().values()
     tests = [n_tests for _, _, n_tests in sizes]
     per_step = config.batch_size * config.accumulation
@@ -219,9 +248,11 @@ def _plan(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark) -
         "seeds": config.seeds,
         "tasks": len(tests),
         "rows_per_sequence": sum(n_rows * epochs for n_rows, epochs, _ in sizes),
+        "training_tokens_per_sequence": sum(len(row) * one.epochs for one in rows for row in one.rows),
         "optimiser_steps_per_sequence": sum(-(-n_rows // per_step) * epochs for n_rows, epochs, _ in sizes),
         "evaluations": config.seeds * sum(map(len, cells.values())),
         "answers": config.seeds * sum(tests[cell.task] for plan in cells.values() for cell in plan),
+        "disk_mb": round(config.seeds * sum(_disk_bytes(entry, len(tests), linears) for entry in entries) / 1e6, 2),
     }
     protocol = {
         "data": Path(config.data).name,
@@ -232,11 +263,18 @@ def _plan(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark) -
         "dry_run": True,
     }
     plan = Report("continual-plan", protocol, {}, ledger=numbers)
-    if config.match_budget:
-        keep_layers = config.keep_layers if config.benchmark == "domains" else None
-        linears = decoder_linears(benchmark.folder, keep_layers)
-        match_budgets(entries, linears, len(benchmark.names), config.budget).add_to(plan)
+    if budgets is not None:
+        budgets.add_to(plan)
     return plan
+
+
+def _disk_bytes(entry: Entry, n_tasks: int, linears: Mapping[str, Linears]) -> int:
+    """What one sequence keeps of its rounds: the method's state and the adapters, or the tuned weights, in float32."""
+    if not entry.spec.has_adapters:
+        return 4 * n_tasks * sum(one.d_in * one.d_out * one.number for one in linears.values())
+    rounds = [budget_of(entry.spec, entry.adapter, number, linears) for number in range(1, n_tasks + 1)]
+    kept = rounds[-1:] if entry.spec.is_joint else rounds
+    return 2 * 4 * sum(one.trained + one.router for one in kept)
 
 
 __all__ = ["ContinualConfig", "continual", "free_folder"]

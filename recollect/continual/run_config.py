@@ -89,13 +89,15 @@ class ContinualConfig:
     """Training examples of each task that the diagnostics look at, at most."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW; 0 = train without changing anything, a check."""
+    """Peak learning rate of AdamW (betas .9 and .95, torch's eps of 1e-8); 0 = train without changing anything, a
+    check."""
 
     schedule: Literal["constant", "cosine"] = "constant"
-    """Of the learning rate, in each task: constant, or half a cosine to 0."""
+    """Of the learning rate: constant, or half a cosine to 0 in each task; a method that keeps one optimiser through all
+    tasks (seq-lora) has one cosine through all."""
 
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; SD-LoRA-MoE's common pairs are spared."""
 
     batch_size: int = 8
     """Rows in a batch."""
@@ -173,7 +175,8 @@ class ContinualConfig:
     """Arithmetic of the decoder; auto = bf16 where that is faster."""
 
     set: tuple[str, ...] = ()
-    """Options of methods, each METHOD.NAME=VALUE."""
+    """Options of methods, each METHOD.NAME=VALUE; the values of a list are joined by +, as in
+    o-lora.target_modules=q_proj+v_proj."""
 
     out: str | None = None
     """Run folder; default: the first free runs/continual-DATA-N."""
@@ -185,7 +188,7 @@ class ContinualConfig:
     """Replace what is in --out."""
 
     dry_run: bool = False
-    """Print the plan (rounds, steps, evaluations) and stop."""
+    """Print the plan (rows, tokens, steps, evaluations, disk) and stop."""
 
     seed: int = 0
     """Seed of every random stream."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from recollect.backbones.resolve import decoder_folder
 from recollect.continual.benchmark import Examination, OpenedLearner
-from recollect.continual.examples import Example, Lengths
+from recollect.continual.examples import Example, Lengths, encode_prompt
 from recollect.continual.learner import Generation, Learner, open_learner, open_tokens
 from recollect.continual.report_panels import data_panel, task_panel
 from recollect.continual.run_config import ContinualConfig
@@ -50,6 +50,7 @@ class TraceBenchmark:
         self.lengths = Lengths(config.max_prompt, config.max_answer, config.truncation)
         self.folder: Path = decoder_folder(config.backbone)
         self.tokens = open_tokens(self.folder, config.template, self.lengths)
+        self._replays = replays
         self.general = _general(config) if replays else ()
         self.floors = trace_floors(
             self.data, similarity_backend=config.similarity_backend, sari_source=config.sari_source
@@ -81,8 +82,11 @@ class TraceBenchmark:
         }
 
     def training_rows(self, after_task: Callable[[], None]) -> list[TaskRows]:
-        """The rows of every task, in order."""
-        return task_rows(
+        """The rows of every task, in order.
+
+        Test prompts are turned into tokens, too: one that cannot be asked is met here, not hours of training later.
+        """
+        rows = task_rows(
             self.data,
             self.tokens,
             self.lengths,
@@ -90,6 +94,10 @@ class TraceBenchmark:
             loss_on=self.config.loss_on,
             after_task=after_task,
         )
+        for one in self.data.values():
+            for record in one.test:
+                encode_prompt(one.task, record.prompt, self.tokens, self.lengths, record.where)
+        return rows
 
     def token_text(self, token: int) -> str:
         """Of the model's tokenizer."""
@@ -130,6 +138,7 @@ class TraceBenchmark:
     def protocol(self) -> dict[str, Any]:
         """How the tasks were made and scored."""
         config = self.config
+        general = {"general_rows": len(self.general)} if self._replays else {}
         return {
             "mode": config.mode,
             "tasks": list(self.names),
@@ -141,15 +150,19 @@ class TraceBenchmark:
             "scores": "primary metric of each task, 0 to 1; R[t][i] = task i after learning t tasks",
             "loss_on": config.loss_on,
             "optimiser": "AdamW, anew for each task unless a method's reset_optimizer is false",
+            **general,
         }
 
     def warnings(self) -> list[str]:
-        """Leaks of the official files."""
+        """Leaks of the official files; a replay that has no instructions to mix in."""
+        found = []
+        if self._replays and not self.general and self.config.general_examples is None:
+            found.append("no Lima/train.json: what is replayed are rows of earlier tasks alone, without instructions")
         leaking = {name: one.facts.test_in_train for name, one in self.data.items() if one.facts.test_in_train}
-        if self.config.mode != "official" or not leaking:
-            return []
-        listed = ", ".join(f"{name} {count}" for name, count in leaking.items())
-        return [f"test prompts that training holds, too: {listed}; --mode clean leaves them out of training"]
+        if self.config.mode == "official" and leaking:
+            listed = ", ".join(f"{name} {count}" for name, count in leaking.items())
+            found.append(f"test prompts that training holds, too: {listed}; --mode clean leaves them out of training")
+        return found
 
     def task_panel(self, report: Report, method: str) -> dict[str, Any]:
         """See `report_panels.task_panel`."""
@@ -161,13 +174,19 @@ class TraceBenchmark:
 
 
 def _general(config: ContinualConfig) -> tuple[TraceRecord, ...]:
-    """Instructions of no task, where the folder has them."""
+    """Instructions of no task.
+
+    Raises:
+        DataError: some are asked for by number, and the folder has none.
+    """
     wanted = config.general_examples
-    if wanted == 0 or not (Path(config.data) / "Lima" / "train.json").is_file():
+    is_there = (Path(config.data) / "Lima" / "train.json").is_file()
+    if wanted == 0 or (wanted is None and not is_there):
         return ()
     records = load_replay_buffer(config.data)
     if wanted is None:
-        wanted = round(GENERAL_PER_TRAINING * config.train_examples) or len(records)
+        in_proportion = max(1, round(GENERAL_PER_TRAINING * config.train_examples))
+        wanted = in_proportion if config.train_examples else len(records)
     chosen = stream(config.seed, "general subset").permutation(len(records))[:wanted]
     return tuple(records[at] for at in sorted(chosen.tolist()))
 

@@ -51,7 +51,7 @@ class TaskScores:
         return {name: float(values.mean()) for name, values in self.items.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """For `scores.json`."""
+        """Means and settings as JSON values."""
         return {"task": self.task, "primary": self.primary, "metrics": self.means, "settings": self.settings}
 
 

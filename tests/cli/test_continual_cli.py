@@ -108,6 +108,7 @@ def test_a_dry_run_counts_and_writes_nothing(world, tmp_path, capsys):
     assert plan["optimiser_steps_per_sequence"] == 9
     assert plan["evaluations"] == 6 + 3
     assert plan["answers"] == 5 * 9
+    assert 36 * 20 < plan["training_tokens_per_sequence"] < 36 * 200
     assert not out.exists()
 
 

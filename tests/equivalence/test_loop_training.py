@@ -55,9 +55,12 @@ class Straight:
         return nn.functional.mse_loss(self.module(batch[0]), batch[1])
 
 
-def plain_adamw(problem, config, epochs):
+def plain_adamw(problem, config, epochs, bias_decay=None):
+    decays = {"weight": config.weight_decay, "bias": config.weight_decay if bias_decay is None else bias_decay}
     optimizer = torch.optim.AdamW(
-        problem.module.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        [{"params": [getattr(problem.module, name)], "weight_decay": decay} for name, decay in decays.items()],
+        lr=config.learning_rate,
+        betas=config.betas,
     )
     for _ in range(epochs):
         batches = problem.batches(0)
@@ -82,6 +85,17 @@ def test_the_loop_equals_plain_adamw(options):
     assert result.steps == 3 * -(-6 // config.accumulation)
     assert result.epochs == result.best_epoch == 3
     assert result.best_validation is None
+
+
+def test_what_is_spared_does_not_decay():
+    config = LoopConfig(epochs=3, learning_rate=0.05, weight_decay=0.5)
+    ours, theirs, other = Straight(), Straight(), Straight()
+    train(ours.module, batches=ours.batches, loss=ours.loss, config=config, undecayed=[ours.module.bias])
+    plain_adamw(theirs, config, 3, bias_decay=0.0)
+    plain_adamw(other, config, 3)
+    torch.testing.assert_close(ours.module.bias, theirs.module.bias, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.module.weight, theirs.module.weight, rtol=1e-9, atol=1e-12)
+    assert (ours.module.bias - other.module.bias).abs().max() > 1e-4
 
 
 def test_accumulated_small_batches_equal_one_large_batch():

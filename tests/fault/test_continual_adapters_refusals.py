@@ -174,7 +174,10 @@ def test_adapters_of_another_base_are_refused_naming_both(tmp_path: Path) -> Non
     assert attached(other) is None
 
 
-@pytest.mark.parametrize("damage", ["no json", "no weights", "torn weights", "foreign json", "format"])
+@pytest.mark.parametrize(
+    "damage",
+    ["no json", "no weights", "torn weights", "foreign json", "format", "base", "kind", "generations", "no generation"],
+)
 def test_damaged_folders_are_refused_naming_the_file(damage: str, tmp_path: Path) -> None:
     save_pretrained(attach(tiny_decoder(), MHMoEConfig()), tmp_path)
     described, weights = tmp_path / "recollect_adapter.json", tmp_path / "recollect_adapter.safetensors"
@@ -187,12 +190,33 @@ def test_damaged_folders_are_refused_naming_the_file(damage: str, tmp_path: Path
     elif damage == "foreign json":
         described.write_text("{}")
     else:
-        described.write_text(json.dumps(json.loads(described.read_text()) | {"format": 99}))
+        key, value = {
+            "format": ("format", 99),
+            "base": ("base", None),
+            "kind": ("kind", []),
+            "generations": ("generations", 3),
+            "no generation": ("generations", []),
+        }[damage]
+        described.write_text(json.dumps(json.loads(described.read_text()) | {key: value}))
     named = weights if "weights" in damage else described
     model = tiny_decoder()
     with pytest.raises(InputError, match=named.name):
         from_pretrained(model, tmp_path)
     assert attached(model) is None
+
+
+@pytest.mark.parametrize("change", [{"generations": [4, 4]}, {"open_generations": 7}, {"options": {"rank": 3}}])
+def test_a_folder_that_does_not_fit_itself_leaves_the_model_bare(change: dict, tmp_path: Path) -> None:
+    save_pretrained(attach(tiny_decoder(), MHMoEConfig()), tmp_path)
+    described = tmp_path / "recollect_adapter.json"
+    saved = json.loads(described.read_text())
+    change = {key: {**saved[key], **value} if key == "options" else value for key, value in change.items()}
+    described.write_text(json.dumps({**saved, **change}))
+    model = tiny_decoder()
+    with pytest.raises((InputError, ConfigError)):
+        from_pretrained(model, tmp_path)
+    assert attached(model) is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_states_that_do_not_fit_are_refused_naming_the_tensor() -> None:

@@ -133,6 +133,39 @@ def test_a_run_of_other_data_or_another_decoder_is_not_continued(world, finished
         continual(world / "trace", **same, backbone=str(tmp_path / "other"))
 
 
+def test_a_run_is_not_continued_with_other_weights_in_the_same_files(world, tmp_path):
+    shutil.copytree(world / "bytes", tmp_path / "decoder")
+    same = {**SMALL, "tasks": "FOMC", "evaluation": "cheap", "backbone": str(tmp_path / "decoder")}
+    continual(world / "trace", **same, out=tmp_path / "run")
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "decoder").iterdir())]
+    write_byte_decoder(tmp_path / "decoder", seed=1)
+    assert [file.stat().st_size for file in sorted((tmp_path / "decoder").iterdir())] == sizes
+    with pytest.raises(ResumeRefused, match="model"):
+        continual(world / "trace", **same, out=tmp_path / "run", resume=True)
+
+
+def test_a_test_prompt_that_cannot_be_asked_is_met_before_anything_is_trained(world, tmp_path):
+    shutil.copytree(world / "trace", tmp_path / "trace")
+    path = tmp_path / "trace" / "NumGLUE-ds" / "test.json"
+    write_rows(path, [*task_rows("NumGLUE-ds", 2, 2), {"prompt": "x" * 400, "answer": "3"}])
+    with pytest.raises(DataError, match=r"NumGLUE-ds/test\.json, row 3"):
+        run(tmp_path, tmp_path / "run", backbone=str(world / "bytes"))
+    assert not (tmp_path / "run" / "methods").exists()
+
+
+def test_a_replay_says_how_many_instructions_it_has(world, tmp_path):
+    shutil.copytree(world / "trace", tmp_path / "trace")
+    options = {"tasks": "FOMC", "method": "replay", "backbone": str(world / "bytes")}
+    few = run(tmp_path, tmp_path / "few", train_examples=1, **options)
+    assert few.protocol["general_rows"] == 1
+    (tmp_path / "trace" / "Lima" / "train.json").unlink()
+    none = run(tmp_path, tmp_path / "none", **options)
+    assert none.protocol["general_rows"] == 0
+    assert any("no Lima/train.json" in warning for warning in none.warnings)
+    with pytest.raises(DataError, match=r"Lima/train\.json does not exist"):
+        run(tmp_path, tmp_path / "asked", general_examples=2, **options)
+
+
 def test_answers_that_were_changed_after_their_evaluation_are_not_reported(world, finished, tmp_path):
     out = copied(finished, tmp_path)
     path = out / "methods" / "seq-lora" / "seed-0" / "cells" / "1-FOMC.jsonl"

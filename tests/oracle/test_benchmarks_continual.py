@@ -85,3 +85,13 @@ def test_sequences_with_other_options_are_not_pooled(script, runs, tmp_path):
     other = [{**line, "identity": {**line["identity"], "learning_rate": 0.5}} for line in lines]
     groups = script.grouped([*lines, *other])
     assert [len(group.lines) for group in groups] == [4, 4]
+
+
+def test_one_method_with_two_sets_of_options_is_two(script, runs, tmp_path):
+    _, folder = runs
+    kept = tmp_path / "kept.jsonl"
+    script.keep(folder / "mh-moe", kept)
+    lines = script.read_kept(kept)
+    other = [{**line, "about": {**line["about"], "adapter": {"rank": 99}}, "seed": 7} for line in lines[:1]]
+    (group,) = script.grouped([*lines, *other])
+    assert {method: sorted(runs) for method, runs in group.runs.items()} == {"mh-moe": [0, 1], "mh-moe (2)": [7]}

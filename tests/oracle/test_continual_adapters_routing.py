@@ -115,13 +115,16 @@ def test_budgets_match_the_worked_example() -> None:
     assert found.router == (4 * 1024, 4 * 1024)
 
 
-def test_budget_search_raises_both_ranks_and_keeps_the_scale() -> None:
-    reference = LoRAMoEConfig(experts=4, rank=8, alpha=32.0, gate="topk_full")
-    found = match_budget(reference, MHMoEConfig(rank=2, alpha=6.0), [(1024, 3072)])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_budget_search_raises_both_ranks_and_keeps_the_scale(rslora: bool) -> None:
+    reference = LoRAMoEConfig(experts=4, rank=8, alpha=32.0, gate="topk_full", rslora=rslora)
+    matched = MHMoEConfig(rank=2, alpha=6.0, rslora=rslora)
+    found = match_budget(reference, matched, [(1024, 3072)])
     assert found.reference.rank > 8
+    assert found.matched.rank > 2
     assert abs(found.total_mismatch) <= 0.05
     assert found.reference.scaling == pytest.approx(reference.scaling)
-    assert found.matched.scaling == pytest.approx(3.0)
+    assert found.matched.scaling == pytest.approx(matched.scaling)
 
 
 @pytest.mark.parametrize("config", [
@@ -156,9 +159,9 @@ def test_n_eff_is_bounded_and_bounds_the_mass_of_any_set() -> None:
     generator = np.random.default_rng(0)
     for _ in range(200):
         size = int(generator.integers(2, 30))
-        p = generator.dirichlet(np.full(size, generator.uniform(0.05, 2)))
-        effective = 1 / np.square(p).sum()
-        assert 1 <= effective <= size + 1e-9
+        counts = generator.multinomial(1_000, generator.dirichlet(np.full(size, generator.uniform(0.05, 2))))
+        p, effective = counts / counts.sum(), n_eff(counts, unbiased=False)
+        assert 1 - 1e-9 <= effective <= (counts > 0).sum() + 1e-9
         some = generator.random(size) < generator.random()
         assert p[some].sum() <= math.sqrt(some.sum() / effective) + 1e-12
 

@@ -184,6 +184,8 @@ def test_a_run_says_what_it_chose_and_its_rounds_hold_that_much(tmp_path):
     report = continual(tmp_path / "trace", **options, out=tmp_path / "run", progress=said)
     assert plan.sections["budget"] == report.sections["budget"]
     assert "after the last of 2 tasks" in report.protocol["budget"]
+    kept = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors")) / 1e6
+    assert plan.ledger["disk_mb"] == pytest.approx(kept, rel=0.3)  # headers of many small tensors
     for name, one in report.sections["budget"]["methods"].items():
         size = report.sections["methods"][name]["seeds"][0]["rounds"][-1]["parameters"]
         assert one["trained"] == size["total"] - size["base"] - size["router"]

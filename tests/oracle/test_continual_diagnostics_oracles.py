@@ -19,7 +19,14 @@ from recollect.continual.diagnostics.alignment import (
     composition_gradients,
     main_routes,
 )
-from recollect.continual.diagnostics.factors import ABSENT, choose_old, common_prefix, frequency_quarters, token_class
+from recollect.continual.diagnostics.factors import (
+    ABSENT,
+    OldExamples,
+    choose_old,
+    common_prefix,
+    frequency_quarters,
+    token_class,
+)
 from recollect.continual.diagnostics.forgetting import (
     RoutePoints,
     by_fifths,
@@ -187,6 +194,14 @@ def test_a_probe_does_not_profit_from_remembering_texts():
     assert abs(entry["value"]) < 0.6  # 20 training texts and 64 directions: remembered perfectly, useless on others
     leaky = factor_probes(fingerprints, 1, {"label": values}, np.arange(len(rows)))[0]
     assert leaky["value"] > 0.99
+
+
+def test_examples_of_one_prompt_are_on_one_side_of_a_probe():
+    prompts = ([1, 2], [3, 4], [1, 2], [1], [3, 4])
+    rows = tuple(Example(np.array([*ids, 9]), np.full(len(ids) + 1, NO_LOSS), len(ids)) for ids in prompts)
+    nothing = np.zeros(0, dtype=np.int64)
+    old = OldExamples(("a",), rows, np.zeros(5, dtype=np.int64), nothing, {}, nothing.astype(bool))
+    assert old.row_prompt.tolist() == [0, 1, 0, 2, 1]
 
 
 def test_a_probe_leaves_out_absent_and_rare_values():

@@ -6,14 +6,18 @@ import torch
 from support.continual_worlds import write_byte_decoder
 from support.domain_worlds import SMALL_DOMAINS, random_log, titles_of, walks, written
 
+from recollect.continual.adapters.attach import attach
+from recollect.continual.adapters.config import SAPTAdapterConfig
 from recollect.continual.domain_benchmark import DomainBenchmark
 from recollect.continual.domain_items import ItemVocabulary, item_vectors
 from recollect.continual.domain_learner import NOT_OFFERED, word_table
 from recollect.continual.domain_ranking import AROUND, SCALE, markov, popularity, rank_cases
 from recollect.continual.domain_tasks import cut_stream
 from recollect.continual.examples import pad_left
-from recollect.continual.methods.objective import supervised_logits
+from recollect.continual.methods.banks import grow_banks
+from recollect.continual.methods.objective import model_inputs, supervised_logits
 from recollect.continual.methods.registry import METHODS
+from recollect.continual.methods.sapt import attention_of, prompt_mask
 from recollect.continual.run import continual
 from recollect.continual.run_config import ContinualConfig
 from recollect.data.filters import subset
@@ -113,6 +117,30 @@ def test_a_row_predicts_every_item_but_the_first_and_reads_only_what_came_before
         with torch.no_grad():
             asked = learner.model(input_ids=torch.from_numpy(question.input_ids)[None]).logits[0, -1]
         assert torch.allclose(logits[at - 1], asked, atol=1e-4)
+
+
+def test_sapt_ranks_with_the_weights_it_trains_with(stream):
+    learner = stream.open_learner()
+    attach(learner.model, SAPTAdapterConfig(query_width=8))
+    grow_banks(learner.model, 1)
+    attention = attention_of(learner.model)
+    attention.add_key()
+    row, question = (
+        {name: torch.from_numpy(array) for name, array in pad_left([example], 0)._asdict().items()}
+        for example in (
+            stream.vocabulary.training_row(1, stream.stream.tasks[1].rows[0]),
+            stream.vocabulary.question(1, stream.stream.tasks[1].cases[0].history),
+        )
+    )
+    with torch.no_grad():
+        with attention.prompts(prompt_mask(learner.model, row)):
+            learner.model(**model_inputs(row))
+        trained = attention()
+        learner.model(**model_inputs(question))
+        assert torch.equal(attention(), trained)
+        other = stream.vocabulary.question(0, stream.stream.tasks[1].cases[0].history)
+        learner.model(input_ids=torch.from_numpy(other.input_ids)[None])
+    assert (attention() - trained).abs().max() > 1e-4  # another domain, the same items
 
 
 def test_a_context_item_is_read_and_not_predicted():

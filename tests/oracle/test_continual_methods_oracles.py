@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from recollect.continual.adapters import usage_gate
 from recollect.continual.adapters.attach import adapters, token_mask
 from recollect.continual.adapters.saving import from_pretrained, save_pretrained
 from recollect.continual.methods.banks import banks, concatenated_pair, generations_of
@@ -383,6 +384,37 @@ def test_gated_experts_move_no_further_than_ungated_ones_and_say_how_many():
     learned(gated, 2, after=lambda index, model: shares.append(gated.facts()["gated_share"]))
     assert shares[0] == 0.0
     assert 0 < shares[1] <= 1
+
+
+def test_a_gate_of_zero_holds_every_expert_where_it_was(monkeypatch):
+    def experts(model):
+        return {name: value for name, value in weights(model).items() if ".lora_" in name}
+
+    ends = {}
+    for closed in (False, True):
+        seen = []
+        with monkeypatch.context() as patched:
+
+            def note(index, model, seen=seen, closed=closed, patched=patched):
+                seen.append(experts(model))
+                if closed:
+                    patched.setattr(usage_gate, "update_scale", lambda new, old: torch.zeros_like(new))
+
+            learned(small_method("mh-moe-gated"), 2, after=note)
+        ends[closed] = seen
+    assert ends[True][0]
+    assert same(*ends[True])
+    assert not same(*ends[False])
+
+
+def test_decay_spares_what_the_experts_of_sd_moe_share():
+    method = small_method("sd-moe")
+    model = method.prepare(tiny_decoder(num_hidden_layers=1))
+    spared = {id(parameter) for parameter in method.undecayed(model)}
+    names = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if id(parameter) in spared}
+    assert names == {"common_A", "common_B"}
+    assert len(spared) == 2 * len(adapters(model))
+    assert not small_method("mh-moe").undecayed(small_method("mh-moe").prepare(tiny_decoder(num_hidden_layers=1)))
 
 
 def test_sd_moe_absorbs_after_every_task():

@@ -7,6 +7,7 @@ import torch
 
 from recollect.continual.adapters.attach import adapters, attach, detach
 from recollect.continual.adapters.config import PlainLoraConfig, SAPTAdapterConfig
+from recollect.continual.choice_likelihood import continuation_log_likelihoods
 from recollect.continual.methods.banks import banks
 from recollect.continual.methods.driving import learn_task
 from recollect.continual.methods.objective import answer_loss, model_inputs
@@ -88,12 +89,36 @@ def test_weights_in_training_are_those_of_the_prompt_alone():
     method.loss(model, batch)
     trained = attention_of(model)().detach()
     for row in range(3):
-        mask = prompt_mask(batch)[row].bool()
+        mask = prompt_mask(model, batch)[row].bool()
         prompt = batch["input_ids"][row][mask][None]
         model(input_ids=prompt)
         torch.testing.assert_close(attention_of(model)()[0], trained[row])
     model(**model_inputs(batch))  # the answer read as a part of the prompt gives others
     assert (attention_of(model)().detach() - trained).abs().max() > 1e-4
+
+
+def test_options_are_scored_with_the_weights_of_their_question():
+    _, model = learned(2)
+    randomize(model)
+    words = PlainWords()
+    question, options = "a b c d", ("e", "f g h i j k")
+    model(input_ids=torch.tensor([words.encode_prompt(question)]))
+    expected = attention_of(model)()[0].detach()
+    continuation_log_likelihoods(model, words, question, options)
+    for found in attention_of(model)():
+        torch.testing.assert_close(found, expected)
+    assert (expected - expected.mean()).abs().max() > 1e-4
+
+
+class PlainWords:
+    """A token per letter."""
+
+    pad_id = 0
+
+    def encode_prompt(self, text):
+        return [ord(letter) - 96 for letter in text.replace(" ", "")]
+
+    encode_answer = encode_prompt
 
 
 def test_an_answer_is_generated_with_the_weights_of_its_prompt():
@@ -130,7 +155,7 @@ def test_kept_attention_costs_exactly_nothing_at_the_first_step_of_a_task():
     assert loss.item() == 0.0
     assert not any(bool(gradient.any()) for gradient in gradients)
     batch = rows(2, 0)
-    with attention.prompts(prompt_mask(batch)):
+    with attention.prompts(prompt_mask(model, batch)):
         assert torch.equal(method.loss(model, batch), answer_loss(model, batch))
     attention.query.data += 0.1 * torch.randn(attention.query.shape, generator=torch.Generator().manual_seed(0))
     expected = torch.nn.functional.kl_div(
@@ -159,7 +184,7 @@ def test_a_new_key_is_looked_at_by_its_own_tasks_prompts():
     method.before_task(tiny_task(2), model)
     attention = attention_of(model)
     own = rows(2, 7)
-    own_share = attention.logits(attention.pooled(own["input_ids"], prompt_mask(own))).softmax(-1)[:, 2].mean()
+    own_share = attention.logits(attention.pooled(own["input_ids"], prompt_mask(model, own))).softmax(-1)[:, 2].mean()
     old_share = method.kept.softmax(-1)[:, 2].mean()
     assert own_share > 2 * old_share
 
@@ -168,7 +193,10 @@ def test_pseudo_samples_have_the_moments_of_the_old_prompts():
     method, model = learned(1, {"pseudo_samples": 4000})
     method.before_task(tiny_task(1), model)
     pooled = torch.cat(
-        [attention_of(model).pooled(rows(0, number)["input_ids"], prompt_mask(rows(0, number))) for number in (0, 1)]
+        [
+            attention_of(model).pooled(rows(0, number)["input_ids"], prompt_mask(model, rows(0, number)))
+            for number in (0, 1)
+        ]
     )
     deviation = pooled.std(0, correction=0)
     assert ((method.pseudo.mean(0) - pooled.mean(0)).abs() < 5 * deviation / 4000**0.5 + 1e-6).all()

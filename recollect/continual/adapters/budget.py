@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from recollect.continual.adapters.attach import adapter_parameters, adapters, attached_config, routers
-from recollect.continual.adapters.config import MHMoEConfig, MoELoraConfig
+from recollect.continual.adapters.config import MHMoEConfig, MoELoraConfig, with_rank
 from recollect.errors import ConfigError
 
 LARGEST_MISMATCH = 0.05
@@ -85,7 +85,7 @@ def match_budget(
     """Ranks at which `matched` has the expert parameters of `reference`, in total and activated.
 
     The rank of `matched` is the nearest integer; where that misses by more than 5 %, both ranks are raised, the
-    reference's as little as possible (alpha grows with it, so that alpha / rank stays).
+    reference's as little as possible (alpha grows with it, so that the scale of the update stays).
 
     Args:
         reference: e.g. a LoRAMoE; its rank is where the search starts.
@@ -98,7 +98,7 @@ def match_budget(
     """
     best: BudgetMatch | None = None
     for rank in range(reference.rank, (largest_rank or 4 * reference.rank) + 1):
-        found = _nearest(_with_rank(reference, rank), matched, shapes)
+        found = _nearest(with_rank(reference, rank), matched, shapes)
         if best is None or _worst(found) < _worst(best):
             best = found
         if _worst(found) <= LARGEST_MISMATCH:
@@ -112,15 +112,10 @@ def match_budget(
     )
 
 
-def _with_rank(config: MoELoraConfig, rank: int) -> MoELoraConfig:
-    return replace(config, rank=rank, alpha=config.alpha * rank / config.rank)
-
-
 def _nearest(reference: MoELoraConfig, matched: MHMoEConfig, shapes: Sequence[tuple[int, int]]) -> BudgetMatch:
     wanted = _sums(reference, shapes)
     unit = _sums(replace(matched, rank=1), shapes)
-    rank = max(1, round(wanted[0] / unit[0]))
-    chosen = replace(matched, rank=rank, alpha=matched.alpha * rank / matched.rank)
+    chosen = with_rank(matched, max(1, round(wanted[0] / unit[0])))
     got = _sums(chosen, shapes)
     return BudgetMatch(reference, chosen, (wanted[0], got[0]), (wanted[1], got[1]), (wanted[2], got[2]))
 

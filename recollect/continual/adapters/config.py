@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from recollect.config import build, to_dict
 from recollect.errors import ConfigError, UnknownName
@@ -278,12 +278,15 @@ def largest_common_rank(config: SDLoraMoEConfig, in_features: int, out_features:
     return max(config.common_rank, min(in_features // config.heads, out_features) - config.rank)
 
 
-def with_scaling(config: MoELoraConfig, scaling: float) -> MoELoraConfig:
+AnyConfig = TypeVar("AnyConfig", bound=MoELoraConfig)
+
+
+def with_scaling(config: AnyConfig, scaling: float) -> AnyConfig:
     """The config with the alpha that makes `scaling` of its rank."""
     return replace(config, alpha=scaling * (math.sqrt(config.rank) if config.rslora else config.rank))
 
 
-def with_rank(config: MoELoraConfig, rank: int) -> MoELoraConfig:
+def with_rank(config: AnyConfig, rank: int) -> AnyConfig:
     """The config with another rank and the alpha that keeps the scale of its update."""
     return with_scaling(replace(config, rank=rank), config.scaling)
 

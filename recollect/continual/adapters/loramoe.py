@@ -7,17 +7,8 @@ released script; the paper has 0.1).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from recollect.continual.adapters.wrapped import AdapterLinear
 
 
 class LoRAMoELinear(AdapterLinear):
     """A frozen linear with one bank of experts over its whole input."""
-
-    @property
-    def expert_types(self) -> Tensor:
-        """(E,) int64: the type the localised balancing constraint gives each expert, 1 for the first half."""
-        experts = self.bank.n_experts
-        return (torch.arange(experts) < experts // 2).long()

@@ -5,7 +5,7 @@ the full output; the chosen experts' outputs are summed:
 
     y = W0·h + Σ_{j=1..H} Σ_{e ∈ TopK(p^(j))} p^(j)_e · E_{j,e}(h^(j)),   p^(j) = softmax(W_r^(j)·h^(j)).
 
-Experts here are low-rank (our design; the paper's are full).  Three placements: every linear with routers over slices
+Experts here are low-rank.  Three placements: every linear with routers over slices
 of its own input (`MHMoELinear`), routes made once per FFN and shared by its linears (`SharedRoutes`), one bank of
 slice → low rank → SiLU → d beside the whole FFN (`AdapterFFN`).  With `slice_source="pre_o"` that bank reads the
 attention heads' outputs before the output projection mixes them (`AttentionTap`), so a slice is a group of heads.

@@ -21,6 +21,7 @@ from recollect.continual.adapters.attach import (
     attach,
     attached,
     attached_config,
+    detach,
     load_adapter_state_dict,
 )
 from recollect.continual.adapters.config import config_from_dict, config_to_dict
@@ -32,6 +33,16 @@ CONFIG_FILE = "recollect_adapter.json"
 WEIGHTS_FILE = "recollect_adapter.safetensors"
 FORMAT = 2
 _FINGERPRINT_VALUES = 1024  # of each tensor, evenly spaced
+_SAVED: dict[str, type] = {
+    "format": int,
+    "kind": str,
+    "options": dict,
+    "generations": list,
+    "open_generations": int,
+    "trained": list,
+    "base": dict,
+    "weights_sha256": str,
+}
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -116,10 +127,14 @@ def from_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
     except SafetensorError as error:
         raise InputError(f"{weights} is not a safetensors file: {error}") from error
     attach(model, config_from_dict(saved["kind"], saved["options"], str(path)))
-    for experts in saved["generations"][1:]:
-        add_generation(model, experts)
-    open_experts(model, saved["open_generations"])
-    load_adapter_state_dict(model, tensors)
+    try:
+        for experts in saved["generations"][1:]:
+            add_generation(model, experts)
+        open_experts(model, saved["open_generations"])
+        load_adapter_state_dict(model, tensors)
+    except BaseException:
+        detach(model)
+        raise
     trained = set(saved["trained"])
     for name, parameter in adapter_parameters(model).items():
         parameter.requires_grad_(name in trained)
@@ -127,11 +142,18 @@ def from_pretrained(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _check_saved(saved: Any, path: Path) -> None:
-    wanted = ("format", "kind", "options", "generations", "open_generations", "trained", "base", "weights_sha256")
     if isinstance(saved, dict) and saved.get("format", FORMAT) != FORMAT:
         raise InputError(f"{path} has format {saved['format']!r}; this version reads {FORMAT}")
-    if not isinstance(saved, dict) or any(key not in saved for key in wanted):
-        raise InputError(f"{path} does not describe saved adapters; it must hold {', '.join(wanted)}")
+    if not isinstance(saved, dict) or any(key not in saved for key in _SAVED):
+        raise InputError(f"{path} does not describe saved adapters; it must hold {', '.join(_SAVED)}")
+    for key, kind in _SAVED.items():
+        if not isinstance(saved[key], kind):
+            raise InputError(f"{path} is damaged: {key} is {saved[key]!r}; save the adapters anew")
+    whole = all(isinstance(size, int) and size > 0 for size in saved["generations"])
+    if not whole or not saved["generations"] or not {"name", "fingerprint"} <= saved["base"].keys():
+        raise InputError(
+            f"{path} is damaged: generations {saved['generations']!r}, base {saved['base']!r}; save the adapters anew"
+        )
 
 
 def _name(model: nn.Module) -> str:

@@ -74,8 +74,9 @@ class TaskGates(nn.Module):
 class TaskAttention(nn.Module):
     """A key per task, and the attention of prompts over them; weighs the pairs for the prompts of the pass under way.
 
-    In generation the weights are those of the pass that read the whole prompt.  In training, where prompts and answers
-    come in one pass, `prompts` says which tokens are the prompts'.
+    In generation the weights are those of the pass that read the whole prompt.  Where prompts and answers come in one
+    pass, `prompts` says which tokens are the prompts', or the model itself does: a model whose rows are no texts has
+    `prompt_tokens(input_ids, attention_mask)`, the mask of what is read alike in training and in testing.
 
     Args:
         embedding: the model's input embedding; frozen, not a part of this module.
@@ -150,6 +151,8 @@ class TaskAttention(nn.Module):
             return
         if self._prompts is not None:
             mask = self._prompts
+        elif ids is not None and (told := getattr(module, "prompt_tokens", None)) is not None:
+            mask = told(ids, mask)
         elif mask is not None and mask.dim() != 2:
             mask = None
         with torch.no_grad():
@@ -178,6 +181,12 @@ class TaskAttention(nn.Module):
             return rows.mean(1) - self.centre
         real = mask.to(rows)[..., None]
         return (rows * real).sum(1) / real.sum(1).clamp_min(1.0) - self.centre
+
+
+def reading_prompts(model: nn.Module, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, prompts are the tokens where `mask` (B, T) is not 0 for a model that attends with prompts."""
+    attention = getattr(model, ATTENTION, None)
+    return attention.prompts(mask) if isinstance(attention, TaskAttention) else contextlib.nullcontext()
 
 
 class _Pass:

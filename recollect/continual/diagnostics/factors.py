@@ -57,6 +57,13 @@ class OldExamples:
         table = np.stack([self.factors[name] for name in FACTORS], axis=1)
         return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
+    @cached_property
+    def row_prompt(self) -> np.ndarray:
+        """(examples,) int64: examples of one prompt have the same number."""
+        known: dict[bytes, int] = {}
+        prompts = (row.input_ids[: row.n_prompt].tobytes() for row in self.rows)
+        return np.array([known.setdefault(prompt, len(known)) for prompt in prompts])
+
     def first_tasks(self, n_tasks: int) -> OldExamples:
         """The examples of the first `n_tasks` tasks; their tokens are the first ones here."""
         return self.some(np.flatnonzero(self.row_task < n_tasks), n_tasks)

@@ -227,7 +227,7 @@ def probe_panels(name: str, one: Mapping[str, Any]) -> list[dict[str, Any]]:
         "title": f"What the router's input tells of a token: {name}",
         "columns": ["factor", *heads, *(f"whole, layer {layer}" for layer in layers), "values", "test tokens"],
         "rows": rows,
-        "note": "Logistic probes at the end, mean of the layers looked at: balanced accuracy on examples the probe did "
+        "note": "Logistic probes at the end, mean of the layers looked at: balanced accuracy on prompts the probe did "
         "not see, 0 = chance, 1 = always right. Empty: fewer than two values of the factor occur often enough.",
     }
     if len(slices) == 1:

@@ -20,17 +20,17 @@ STRENGTH = 0.1
 
 
 def factor_probes(
-    inputs: np.ndarray, n_slices: int, factors: Mapping[str, np.ndarray], rows: np.ndarray
+    inputs: np.ndarray, n_slices: int, factors: Mapping[str, np.ndarray], prompts: np.ndarray
 ) -> list[dict[str, Any]]:
     """Probes of every factor from the whole input and from each slice.
 
-    Examples with an even number train, those with an odd number test, so no text is on both sides.
+    Prompts with an even number train, those with an odd number test, so no prompt is on both sides.
 
     Args:
         inputs: (m, d) router inputs of tokens.
         n_slices: H, which divides d.
         factors: {name: (m,) values, `ABSENT` = leave the token out}.
-        rows: (m,) example of each token.
+        prompts: (m,) number of the prompt of each token's example.
 
     Returns:
         Per factor and part {"factor", "slice": None = the whole, "value": (balanced accuracy − 1/K) / (1 − 1/K) on
@@ -43,7 +43,7 @@ def factor_probes(
     if n_slices > 1:
         parts += [(part, inputs[:, part * width : (part + 1) * width]) for part in range(n_slices)]
     for name, values in factors.items():
-        train, test, n_classes = _halves(values, rows)
+        train, test, n_classes = _halves(values, prompts)
         for part, columns in parts:
             value = None
             if n_classes > 1:
@@ -54,9 +54,9 @@ def factor_probes(
     return found
 
 
-def _halves(values: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _halves(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Training and test tokens (m,) bool of the values that occur often enough in both, and how many values."""
-    even = rows % 2 == 0
+    even = prompts % 2 == 0
     classes = [
         value
         for value in np.unique(values)

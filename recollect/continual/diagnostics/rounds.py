@@ -92,7 +92,7 @@ def _reports(model: Any, pad_id: int, old: OldExamples, folder: Path, progress: 
     probes = []
     for name in first_of_each_layer(looked_at):
         heads = watched.choices[name].winners.shape[1]
-        entries = factor_probes(watched.inputs[name], heads, factors, old.token_row[sampled])
+        entries = factor_probes(watched.inputs[name], heads, factors, old.row_prompt[old.token_row[sampled]])
         probes += [{"router": name, "layer": layer_number(name), **entry} for entry in entries]
     few = old.spread_rows(ALIGNMENT_EXAMPLES)
     compositions = old.compositions[np.isin(old.token_row, few)]

@@ -60,6 +60,7 @@ def learn_task(
             checkpoint_every=checkpoint_every,
             tracker=tracker(phase.name) if tracker is not None else None,
             progress=progress,
+            undecayed=method.undecayed(model),
             size=lambda batch: len(batch["input_ids"]),
             identity={**(identity or {}), "task": task.index, "phase": phase.name},
             before_step=lambda optimizer: method.after_backward(model, optimizer),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from recollect.continual.adapters.attach import adapters, routers
 from recollect.continual.adapters.config import MoELoraConfig
 from recollect.continual.adapters.growth import grow, train_everything, train_new_experts, train_routers_only
+from recollect.continual.adapters.sd_lora_moe import SDLoraMoELinear, absorb_shared
 from recollect.continual.adapters.usage_gate import UsageGate
 from recollect.continual.methods.banks import generations_of
 from recollect.continual.methods.config import ExpertsConfig
@@ -104,6 +105,10 @@ class RoutedExperts(ContinualMethod):
     def facts(self) -> dict[str, Any]:
         return dict(self._facts)
 
+    def undecayed(self, model: nn.Module) -> list[nn.Parameter]:
+        """SD-LoRA-MoE's common pairs: decay would shrink what all experts share (sd_moe 9 [our design])."""
+        return [part for module in _sd_linears(model) for part in (module.common_A, module.common_B)]
+
     def own_state(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {} if self.gate is None else self.gate.state_dict()
 
@@ -115,8 +120,6 @@ class RoutedExperts(ContinualMethod):
         """Move what the trained experts share into the frozen pairs (SD-LoRA-MoE)."""
         if self.adapter.kind != "sd_lora_moe":
             return
-        from recollect.continual.adapters.sd_lora_moe import absorb_shared
-
         absorbed = absorb_shared(model).values()
         self._facts["absorbed_directions"] = sum(layer.directions for layer in absorbed)
         self._facts["frozen_rank"] = max(layer.frozen_rank for layer in absorbed)
@@ -124,13 +127,8 @@ class RoutedExperts(ContinualMethod):
 
     def _forget_gates(self, model: nn.Module) -> None:
         """Drop what SD-LoRA-MoE counted since it absorbed, in a router replay: the next task's mean is its own."""
-        if self.adapter.kind != "sd_lora_moe":
-            return
-        from recollect.continual.adapters.sd_lora_moe import SDLoraMoELinear
-
-        for module in adapters(model).values():
-            if isinstance(module, SDLoraMoELinear):
-                module.forget_gates()
+        for module in _sd_linears(model):
+            module.forget_gates()
 
     def _observe(self, task: Task, model: nn.Module) -> None:
         """Passes over the task's first batches, whose choices the gate counts; nothing else changes."""
@@ -142,6 +140,10 @@ class RoutedExperts(ContinualMethod):
             pass_over(model, batches[index])
             self.gate.observe()
         model.train(was_training)
+
+
+def _sd_linears(model: nn.Module) -> list[SDLoraMoELinear]:
+    return [module for module in adapters(model).values() if isinstance(module, SDLoraMoELinear)]
 
 
 def _step_aware(model: nn.Module) -> list[StepAware]:

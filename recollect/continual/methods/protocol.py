@@ -22,7 +22,7 @@ tasks come through `Memory`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -154,6 +154,10 @@ class ContinualMethod:
     def after_task(self, task: Task, model: nn.Module) -> None:
         """Called once a task is learned; a method that overrides this calls it last."""
         self.finished = task.index + 1
+
+    def undecayed(self, model: nn.Module) -> Collection[nn.Parameter]:
+        """Parameters that weight decay leaves alone."""
+        return ()
 
     def select(self, model: nn.Module, task: int | None) -> None:
         """Make the model answer as after training, for a method that needs to know the task (None = as trained)."""

@@ -78,7 +78,7 @@ class SAPT(ContinualMethod):
         Raises:
             InputError: a row of the batch has no prompt.
         """
-        with attention_of(model).prompts(prompt_mask(batch)):
+        with attention_of(model).prompts(prompt_mask(model, batch)):
             value = super().loss(model, batch)
         return value + self.options.attention * self.attention_loss(model) if self.options.attention else value
 
@@ -111,7 +111,7 @@ class SAPT(ContinualMethod):
         batches, attention, found = task.batches(0), attention_of(model), []
         for index in range(min(self.options.statistics_batches, len(batches))):
             batch = on_device_of(model, batches[index])
-            found.append(attention.pooled(batch["input_ids"], prompt_mask(batch)))
+            found.append(attention.pooled(batch["input_ids"], prompt_mask(model, batch)))
         return torch.cat(found)
 
     def _drawn(self, old: int, task: int, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -128,12 +128,15 @@ def attention_of(model: nn.Module) -> TaskAttention:
     return attention
 
 
-def prompt_mask(batch: Batch) -> Tensor:
-    """(B, T) 1 = a real token of a prompt, those before and outside of the answer.
+def prompt_mask(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, T) 1 = a real token of a prompt: what the model says is one, else those before and outside of the answer.
 
     Raises:
         InputError: a row has none.
     """
+    told: Any = getattr(model, "prompt_tokens", None)
+    if told is not None:
+        return told(batch["input_ids"], batch["attention_mask"]).long()
     mask = (batch["attention_mask"] != 0) & (batch["labels"] == NO_LOSS)
     if not bool(mask.any(1).all()):
         raise InputError(
