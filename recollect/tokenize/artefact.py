@@ -3,7 +3,8 @@
 `codes.npy` int32 (N, L); `codebooks.safetensors` (`codebook.0`… and the method's own arrays); `item_ids.txt`, one a
 line; `sid_to_items.jsonl`, one ID a line with its items; `encoding.safetensors` (codes as emitted, confidence, entropy,
 distance) where it was kept; `manifest.json` with the SHA-256 of each of them, written last. Loading checks every file;
-nothing is pickled. A loaded tokenizer encodes bit for bit as the saved one did.
+nothing is pickled. A loaded tokenizer encodes bit for bit as the saved one did; one that was fitted on a GPU computes
+on one where there is one, else on the CPU.
 """
 
 from __future__ import annotations
@@ -218,8 +219,10 @@ def _tokenizer_of(manifest: dict[str, Any], arrays: dict[str, np.ndarray], folde
     from recollect.tokenize.methods import tokenizer_class
 
     kind = tokenizer_class(manifest["algorithm"])
-    options = build(kind.config_class, manifest["options"] or {}, str(folder / MANIFEST))
-    tokenizer: ItemTokenizer = kind(options)
+    stored = dict(manifest["options"] or {})
+    if stored.get("device") == "cuda":  # where it was fitted; this machine may have none
+        stored["device"] = "auto"
+    tokenizer: ItemTokenizer = kind(build(kind.config_class, stored, str(folder / MANIFEST)))
     try:
         tokenizer.take_arrays(arrays)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -138,13 +138,12 @@ def reduced(difference: Tensor, reduction: str) -> Tensor:
 class AutoencoderTokenizer(ItemTokenizer):
     """A tokenizer whose codes are those of an autoencoder's latents; a method gives its quantiser.
 
-    module: in float64 on the CPU once fitted.  has_beam: whether tuples can be ranked before they are complete.
+    module: in float64 on the CPU once fitted.
     unit_variance: which variance of the rows it learns from is 1, the total or the mean over dimensions.
     """
 
     config: Any
     config_class: ClassVar[type] = AutoencoderConfig
-    has_beam: ClassVar[bool] = True
     unit_variance: ClassVar[Literal["total", "mean"]] = "total"
     remedy: ClassVar[str] = "use fewer codes, more steps or a smaller reseed_every"
     """What to do when codes stay unused."""
@@ -301,9 +300,7 @@ class AutoencoderTokenizer(ItemTokenizer):
             InputError: also a beam below 1 or that the method does not have, or top_m outside 1..min K.
         """
         self.check_rows(embeddings)
-        if beam < 1 or (beam > 1 and not self.has_beam):
-            allowed = "at least 1" if self.has_beam else f"1: every scalar of {self.name} is rounded on its own"
-            raise InputError(f"beam must be {allowed}, got {beam!r}")
+        self.check_search(beam=beam, top_m=top_m)
         if not 1 <= top_m <= min(self.codebook_sizes):
             raise InputError(f"top_m must be between 1 and {min(self.codebook_sizes)}, got {top_m!r}")
         n, levels = len(embeddings), len(self.codebook_sizes)

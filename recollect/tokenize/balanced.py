@@ -52,6 +52,12 @@ def fitting_shares(n: int, n_codes: int) -> np.ndarray:
     return np.where(np.arange(n_codes) < n % n_codes, n // n_codes + 1, n // n_codes)
 
 
+def size_bounds(n: int, n_codes: int, balancing: str) -> tuple[int, int]:
+    """Fewest and most of n items that a code gets: a share of `fitting_shares`, or with `constrained` N//K -+ 1."""
+    even = n // n_codes
+    return (max(0, even - 1), even + 1) if balancing == "constrained" else (even, -(-n // n_codes))
+
+
 def filling_prices(cost: Tensor, shares: np.ndarray) -> Tensor:
     """(K,) float64 prices under which argmin_k(cost + price) gives each code about its share of the items.
 
@@ -145,8 +151,8 @@ class BalancedRQKMeans(ResidualTokenizer):
             InputError: with `constrained`, weights or more than 25.6 million items x codes.
             MissingExtra: k-means-constrained is not installed and `constrained` was asked for.
         """
-        if self.config.balancing == "constrained" and arguments.get("weight") is not None:
-            raise InputError("balancing 'constrained' takes no weights; leave weight out or use balancing 'greedy'")
+        if arguments.get("weight") is not None:
+            self.check_weighted()
         super().fit(embeddings, **arguments)
         self.report.warnings = [
             f"level {level}: filling had not settled after {self.config.rounds} rounds; the best round was kept"
@@ -154,6 +160,11 @@ class BalancedRQKMeans(ResidualTokenizer):
             if not found["is_stable"]
         ]
         return self
+
+    def check_weighted(self) -> None:
+        """See `ItemTokenizer.check_weighted`."""
+        if self.config.balancing == "constrained":
+            raise InputError("balancing 'constrained' takes no weights; leave weight out or use balancing 'greedy'")
 
     def fit_level(self, level: int, residuals: RowSource, weight: np.ndarray | None, progress: Progress) -> FittedLevel:
         """See `ResidualTokenizer.fit_level`."""
@@ -214,12 +225,14 @@ class BalancedRQKMeans(ResidualTokenizer):
             raise MissingExtra("k-means-constrained", "tokenize", "balancing 'constrained'") from error
         origin = points.mean(axis=0, dtype=np.float64)
         centred = points.astype(np.float64) - origin
-        scale = _LONGEST / float(np.sqrt(np.square(centred).sum(axis=1)).max())
+        longest = float(np.sqrt(np.square(centred).sum(axis=1)).max())
+        scale = _LONGEST / longest if longest else 1.0  # rows that earlier levels left nothing of
         first = first_means(points, n_codes, "k-means++", seed)
+        fewest, most = size_bounds(len(points), n_codes, "constrained")
         model = KMeansConstrained(
             n_codes,
-            size_min=max(0, len(points) // n_codes - 1),
-            size_max=len(points) // n_codes + 1,
+            size_min=fewest,
+            size_max=most,
             init=(first - origin) * scale,
             n_init=1,
             max_iter=self.config.rounds,

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from recollect.config import build, check_same_run, run_manifest
-from recollect.errors import ResumeRefused
 from recollect.eval.report import table_csv
 from recollect.io import prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
@@ -29,10 +28,11 @@ from recollect.tokenize.bench_report import make_report
 from recollect.tokenize.bench_units import CODES_FILE, Unit, is_finished, make_units, run_unit
 from recollect.tokenize.downstream_cases import CaseSets, make_cases
 from recollect.tokenize.embeddings import Items, read_vectors
+from recollect.tokenize.fit_inputs import check_fit_inputs
 from recollect.tokenize.methods import Entry, make_entries
 from recollect.tokenize.panels import cluster_panels, collision_panels, usage_curve
 from recollect.tokenize.run_config import BenchConfig
-from recollect.tokenize.source import open_items, open_source, preprocessed
+from recollect.tokenize.source import keep_vectors, open_items, open_source, preprocessed
 from recollect.types import Dataset, Report
 
 
@@ -75,6 +75,9 @@ def tokenize_bench(
     progress = progress or SilentProgress()
     progress.stage("reading the data")
     source = open_source(data, config, core=config.core, seed=config.seed)
+    for entry in entries:
+        tokenizer = entry.spec.open(entry.options, seed=config.seed)
+        check_fit_inputs(tokenizer, config, source.n_items, has_log=source.dataset is not None)
     units = make_units(entries, config, source.dataset is not None)
     if config.dry_run:
         return _plan(config, source.n_items, source.dataset is not None, entries, units)
@@ -83,7 +86,7 @@ def tokenize_bench(
     try:
         manifest = _open_run(config, source.fingerprint, entries, units, out)
         items = preprocessed(open_items(source, config, out, progress=progress), config, out)
-        manifest = _with_vectors(manifest, items, out)
+        keep_vectors(manifest, items, out)
         cases = _cases(items, config)
         generators = generative_units(units, config, items.dataset is not None)
         for number, unit in enumerate(units, start=1):
@@ -171,22 +174,6 @@ def _open_run(
     manifest["identity"] = identity
     manifest["vectors_sha256"] = held.get("vectors_sha256")
     write_json(path, manifest)
-    return manifest
-
-
-def _with_vectors(manifest: dict[str, Any], items: Items, out: Path) -> dict[str, Any]:
-    """Record which vectors the rows were made on.
-
-    Raises:
-        ResumeRefused: the rows found in `out` were made on other vectors.
-    """
-    held = manifest.get("vectors_sha256")
-    if held not in (None, items.fingerprint):
-        raise ResumeRefused(
-            f"the rows in {out} were made on other item vectors; use the same embedder or another --out"
-        )
-    manifest["vectors_sha256"] = items.fingerprint
-    write_json(out / "run.json", manifest)
     return manifest
 
 

@@ -3,7 +3,13 @@
 - additive methods whose levels are nearest-mean (`rq-kmeans`): relative squared error does not grow with depth, where
   no step before them changes distances and the fit took all items alike;
 - `random`: distinct codes and used codes per level are what independent uniform draws give;
+- `opq`: the rotation is orthogonal;
+- `prq-kmeans`: what a level leaves is orthogonal to the centroid it took out, and the nearest such vector;
+- `balanced-rq-kmeans`, `constrained-rq-kmeans`: codes of the fitted items have the sizes they are named for;
+- methods with a reconstruction: the distance they tell is that of the decoded row;
 - every method: equal rows have equal codes, and encoding again gives the same codes.
+
+Source: semantic_ids 3 and 8 (O5, O7, O8, O10).
 """
 
 from __future__ import annotations
@@ -11,11 +17,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from recollect.errors import BaselineFailed
 from recollect.tokenize.methods import Entry
+from recollect.tokenize.protocol import Encoding, ItemTokenizer
 
 GROWTH = 1e-6
 """Relative error may grow by so much from level to level: rounding."""
@@ -24,6 +32,24 @@ DEVIATIONS = 6.0
 """How far random codes may be from their expectation, in standard deviations."""
 
 MONOTONE = ("rq-kmeans", "vq")
+
+CHECKED_ROWS = 4096
+"""Items, evenly spaced, whose distances and residuals are looked at."""
+
+ORTHOGONAL = 1e-5
+"""How far products of vectors that are to be orthogonal may be from 0."""
+
+DISTANCE = 1e-4
+"""How far a distance may be from that of the decoded row, as a share of the lengths it is the difference of."""
+
+BEYOND_SIZES = {"constrained": 0.01, "greedy": 0.25}
+"""Share of the items that may be beyond the sizes of their codes. `constrained` keeps to these up to rounding; prices
+of `greedy` balance approximately: on two real catalogues .01 of the items are beyond, by nearest centroids .2 to .9
+[measured].
+"""
+
+ALIKE = 1e-4
+"""Residuals that differ by less in every dimension, as a share of the largest number, are one to a price."""
 
 
 def check_depths(entry: Entry, by_depth: Sequence[float]) -> None:
@@ -118,26 +144,149 @@ def _row_bytes(embeddings: np.ndarray) -> np.ndarray:
     return found
 
 
+def check_distances(entry: Entry, tokenizer: Any, embeddings: np.ndarray, encoding: Encoding) -> None:
+    """Refuse distances that are not those of the decoded rows, where nothing but the quantiser stands between them.
+
+    Preprocessing that cannot be undone, or that changes distances, and the padding of OPQ to a multiple of L do.
+
+    Raises:
+        BaselineFailed: one differs by more than rounding.
+    """
+    if encoding.distance is None or not _decodes_exactly(tokenizer):
+        return
+    rows = _checked_rows(len(embeddings))
+    wanted = np.asarray(embeddings[rows], dtype=np.float64)
+    told = np.sqrt(encoding.distance[rows].astype(np.float64))
+    found = np.linalg.norm(wanted - tokenizer.decode(encoding.codes[rows]), axis=1)
+    differs = ~(np.abs(told - found) <= DISTANCE * (np.linalg.norm(wanted, axis=1) + found))
+    if differs.any():
+        at = int(np.flatnonzero(differs)[0])
+        raise BaselineFailed(
+            f"{entry.label}: the squared distance told of item {int(rows[at])} is {told[at] ** 2:.6g} where its codes "
+            f"decode to {found[at] ** 2:.6g}; one of encode and decode is broken"
+        )
+
+
+def _checked_rows(n: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, CHECKED_ROWS)).astype(np.int64))
+
+
+def _decodes_exactly(tokenizer: Any) -> bool:
+    steps = tokenizer.preprocess
+    if steps.steps and (steps.whiten or not steps.is_invertible):
+        return False
+    rotation = getattr(tokenizer, "rotation", None)
+    return rotation is None or rotation.shape[0] == rotation.shape[1]
+
+
+def check_rotation(entry: Entry, tokenizer: Any) -> None:
+    """Refuse an OPQ whose rotation changes distances.
+
+    Raises:
+        BaselineFailed: its columns are not orthonormal.
+    """
+    if entry.spec.name != "opq":
+        return
+    rotation = tokenizer.rotation.astype(np.float64)
+    off = float(np.abs(rotation.T @ rotation - np.eye(rotation.shape[1])).max())
+    if not off <= ORTHOGONAL:
+        raise BaselineFailed(
+            f"{entry.label}: the rotation is {off:.3g} away from an orthogonal one, so distances in the turned space "
+            "are not those of the items"
+        )
+
+
+def check_projections(entry: Entry, tokenizer: Any, embeddings: np.ndarray, codes: np.ndarray) -> None:
+    """Refuse a PRQ-KMeans that leaves something else than norm(r - proj_c r), the nearest unit vector orthogonal to c.
+
+    Rows with nothing but rounding off their centroid have no direction left and are passed over.
+
+    Raises:
+        BaselineFailed: at some level it does.
+    """
+    if entry.spec.name != "prq-kmeans":
+        return
+    import torch
+
+    rows = _checked_rows(len(embeddings))
+    residual = torch.from_numpy(tokenizer.preprocess.apply(np.asarray(embeddings[rows]))).to(tokenizer.device)
+    for level, fitted in enumerate(tokenizer.levels):
+        chosen = torch.from_numpy(codes[rows, level].astype(np.int64)).to(tokenizer.device)
+        left = fitted.remainder(residual, chosen)
+        centre = torch.nn.functional.normalize(fitted.means[chosen].double(), dim=1)
+        off = residual.double() - (residual.double() * centre).sum(dim=1, keepdim=True) * centre
+        has_direction = off.norm(dim=1) > ORTHOGONAL
+        along = (left.double() * centre).sum(dim=1).abs()
+        astray = (left.double() - torch.nn.functional.normalize(off, dim=1)).norm(dim=1)
+        wrong = has_direction & ~((along <= ORTHOGONAL) & (astray <= ORTHOGONAL))
+        if wrong.any():
+            at = int(torch.nonzero(wrong)[0, 0])
+            raise BaselineFailed(
+                f"{entry.label}: what level {level} leaves of item {int(rows[at])} has {float(along[at]):.3g} along "
+                f"the centroid that was taken out and is {float(astray[at]):.3g} from its projection"
+            )
+        residual = left
+
+
+def check_sizes(entry: Entry, tokenizer: Any, embeddings: np.ndarray, codes: np.ndarray) -> None:
+    """Refuse balanced codes that are not: too many items above the largest or short of the smallest size of a code.
+
+    Args:
+        embeddings, codes: (N, D) and (N, L) of the items of the fit, which counted alike.
+
+    Raises:
+        BaselineFailed: more than `BEYOND_SIZES` and the items that no price tells from another one.
+    """
+    if entry.spec.name not in ("balanced-rq-kmeans", "constrained-rq-kmeans"):
+        return
+    from recollect.tokenize.balanced import size_bounds
+
+    balancing, n = entry.options.balancing, len(codes)
+    residual = tokenizer.preprocess.apply(np.asarray(embeddings, dtype=np.float32))
+    for level, fitted in enumerate(tokenizer.levels):
+        means = fitted.means.cpu().numpy()
+        fewest, most = size_bounds(n, len(means), balancing)
+        counts = np.bincount(codes[:, level], minlength=len(means))
+        beyond = max(int(np.maximum(counts - most, 0).sum()), int(np.maximum(fewest - counts, 0).sum()))
+        step = max(ALIKE * float(np.abs(residual).max()), np.finfo(np.float32).tiny)
+        alike = n - len(np.unique(_row_bytes(np.round(residual / step))))
+        if beyond > BEYOND_SIZES[balancing] * n + alike:
+            raise BaselineFailed(
+                f"{entry.label}: codes of level {level} have {counts.min()} to {counts.max()} items where balance is "
+                f"{fewest} to {most}; {beyond} of {n} items are out of place"
+            )
+        residual = residual - means[codes[:, level]]
+
+
 def check_unit(
     entry: Entry,
+    tokenizer: ItemTokenizer,
     embeddings: np.ndarray,
-    codes: np.ndarray,
+    encoding: Encoding,
     again: np.ndarray,
-    sizes: Sequence[int],
     found: Mapping[str, float],
     *,
     is_fitted_on_all: bool,
 ) -> None:
-    """Every check of this module on one fitted method; `found` holds its metrics.
+    """Every check of this module on one fitted method.
 
-    is_fitted_on_all: all items, all alike. Else the error that falls with depth is that of the items and weights of the
-    fit, and the one in `found`, of every item once, may grow.
+    Args:
+        encoding: of `embeddings` (N, D).
+        again: (N, L) codes of a second call.
+        found: its metrics.
+        is_fitted_on_all: all items, all alike. Else balance and the error that falls with depth are those of the items
+            and weights of the fit, and those of every item once may be others.
 
     Raises:
         BaselineFailed: one does not hold.
     """
+    codes, sizes = encoding.codes, tokenizer.codebook_sizes
     distinct = check_codes(entry, embeddings, codes, again)
     check_random(entry, codes, sizes, distinct)
+    check_rotation(entry, tokenizer)
+    check_projections(entry, tokenizer, embeddings, codes)
     if is_fitted_on_all:
         keys = [f"reconstruction/relative_mse/level_{level}" for level in range(len(sizes))]
         check_depths(entry, [found[key] for key in keys if key in found])
+        check_sizes(entry, tokenizer, embeddings, codes)
+    check_distances(entry, tokenizer, embeddings, encoding)

@@ -134,9 +134,7 @@ def _fit_and_measure(
     ids = semantic_ids(items, encoding.codes, tokenizer.codebook_sizes)
     metrics = measured(tokenizer, items, ids, encoding, seed=config.seed)
     alike = inputs["mask"] is None and inputs["weight"] is None
-    check_unit(
-        entry, items.embeddings, encoding.codes, again, tokenizer.codebook_sizes, metrics, is_fitted_on_all=alike
-    )
+    check_unit(entry, tokenizer, items.embeddings, encoding, again, metrics, is_fitted_on_all=alike)
     metrics["encode_items_per_s"] = len(items) / max(encode_seconds, 1e-9)
     if not was_interrupted:  # a continued fit was timed in part only
         metrics["fit_seconds"] = fit_seconds
@@ -150,9 +148,9 @@ def _fit_and_measure(
 
 
 def _probe(codes: np.ndarray, cases: CaseSets, config: BenchConfig, seed: int, folder: Path) -> dict[str, Any]:
-    from recollect.tokenize.downstream import ProbeBudget, item_fields, run_probe
+    from recollect.tokenize.downstream import ProbeBudget, numbered_fields, run_probe
 
-    fields = item_fields(codes, config.fields)
+    fields = numbered_fields(codes, config.fields)
     found = run_probe(fields, cases, ProbeBudget(epochs=config.probe_epochs), seed=seed)
     write_arrays(folder / SCORES_FILE, {"clicked": found.clicked, "skipped": found.skipped})
     return {

@@ -130,6 +130,27 @@ class _Answer:
     notes: tuple[str, ...] = ()
 
 
+def check_strategy(
+    strategy: str, tokenizer: ItemTokenizer, sizes: Sequence[int], config: CollisionConfig = CollisionConfig()
+) -> None:
+    """Refuse a strategy that cannot work with a method, by what its options say; the tokenizer need not be fitted.
+
+    Args:
+        sizes: K_0..K_{L-1} that the tokenizer has or will have.
+
+    Raises:
+        InputError: codes that have no price; too many tuples to search, or a method that does not search.
+    """
+    from recollect.tokenize.digit_costs import check_last_digits, check_reconstruction
+    from recollect.tokenize.neighbour_repair import searched_codes
+
+    if strategy in ("sinkhorn", "constrained", "capacity", "zcr"):
+        check_last_digits(tokenizer)
+    elif strategy == "neighbour_repair":
+        check_reconstruction(tokenizer)
+        tokenizer.check_search(top_m=searched_codes(config.neighbours, sizes))
+
+
 def resolve_collisions(
     codes: np.ndarray,
     strategy: str = "zcr",

@@ -39,11 +39,7 @@ class _TokenTables:
     """Code <-> token id per level, as tensors; the end token is code -1."""
 
     def __init__(self, trie: PrefixTrie, vocabulary: SemanticVocabulary) -> None:
-        if vocabulary.codebook_sizes != trie.codebook_sizes:
-            raise InputError(
-                f"the vocabulary has tokens for codebooks {vocabulary.codebook_sizes}, "
-                f"the prefix tree was built for {trie.codebook_sizes}"
-            )
+        vocabulary.check_sizes(trie.codebook_sizes)
         self.end = vocabulary.end_token
         self.tokens = []  # per level (K + 1,): the end token, then the tokens of the codes
         self.codes = []  # per level (largest token + 2,): code of each token, -2 = none of this level

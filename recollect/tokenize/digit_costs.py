@@ -38,6 +38,39 @@ class PricesLastDigits(Protocol):
         ...
 
 
+def check_reconstruction(tokenizer: ItemTokenizer) -> None:
+    """Refuse a method whose tuples have no price; needs no fit.
+
+    Raises:
+        InputError: it has no reconstruction.
+    """
+    if not tokenizer.reconstructs:
+        raise InputError(
+            f"{tokenizer.name} has no reconstruction, so no code can be called nearer than another; "
+            "use the collision strategy suffix, variable_suffix or hash_last"
+        )
+
+
+def check_last_digits(tokenizer: ItemTokenizer) -> None:
+    """Refuse a method whose last digits have no price by what its options say; needs no fit.
+
+    Raises:
+        InputError: it has no reconstruction, or one in which digits depend on each other.
+    """
+    if isinstance(tokenizer, PricesLastDigits):
+        return
+    check_reconstruction(tokenizer)
+    if tokenizer.has_joint_decoder:
+        raise _joint_digits(tokenizer)
+
+
+def _joint_digits(tokenizer: ItemTokenizer) -> InputError:
+    return InputError(
+        f"{tokenizer.name}: what a last digit adds depends on the digits before it, so last digits cannot be priced "
+        "one by one; use the collision strategy neighbour_repair or suffix"
+    )
+
+
 class CodeSpace:
     """Where codes are compared with the items they stand for.
 
@@ -50,11 +83,7 @@ class CodeSpace:
 
     def __init__(self, tokenizer: ItemTokenizer) -> None:
         tokenizer.check_fitted()
-        if not tokenizer.reconstructs:
-            raise InputError(
-                f"{tokenizer.name} has no reconstruction, so no code can be called nearer than another; "
-                "use the collision strategy suffix, variable_suffix or hash_last"
-            )
+        check_reconstruction(tokenizer)
         self._tokenizer = tokenizer
         preprocess = getattr(tokenizer, "preprocess", None)
         self._preprocess = preprocess if isinstance(preprocess, Preprocess) else Preprocess()
@@ -110,10 +139,7 @@ class CodeSpace:
             decoded = self.reconstruct(tuples)
             found.append(decoded - decoded[0])
         if np.abs(found[0] - found[1]).max() > _TOLERANCE * max(float(np.abs(found[0]).max()), 1e-30):
-            raise InputError(
-                f"{self._tokenizer.name}: what a last digit adds depends on the digits before it, so last digits "
-                "cannot be priced one by one; use the collision strategy neighbour_repair or suffix"
-            )
+            raise _joint_digits(self._tokenizer)
         return found[0]
 
 

@@ -12,7 +12,7 @@ popularity: .5 is what one gets without knowing items (the floor `no-item`), `it
 per item and no content.
 
 Source: semantic_ids 2.4 (fields, prefixes, pooling over the history: our design). Prefixes are numbered, not hashed to
-2^20, so two prefixes never share a row.
+2^20 as `item_features` does, so two prefixes never share a row.
 Not covered: a production click model; generative retrieval.
 """
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ from torch import Tensor, nn
 from recollect.errors import InputError, TrainingDiverged
 from recollect.rng import call_seed, stream
 from recollect.tokenize.downstream_cases import Cases, CaseSets
-
-Fields = Literal["levels", "prefixes", "both"]
+from recollect.tokenize.item_features import Fields
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,13 @@ class ProbeResult:
     parameters: int
 
 
-def item_fields(codes: np.ndarray, fields: Fields = "both") -> np.ndarray:
-    """Codes (N, L) as fields (N, F) int64, each numbered from 0.
+def numbered_fields(codes: np.ndarray, fields: Fields = "both") -> np.ndarray:
+    """Codes (N, L) as fields (N, F) int64 of this comparison, each numbered from 0 over the values these items have.
 
     "levels": c_1 … c_L; "prefixes": (c_1), (c_1, c_2), …; "both": the levels, then the prefixes of two and more.
+    For one fixed table of items only: another table numbers the same code otherwise. `item_features.ctr_fields` does
+    not, but its tables have rows for what no item has; with them the start of the weights would be drawn otherwise, and
+    results no longer compare with earlier ones.
     """
     levels = [_numbered(codes[:, [level]]) for level in range(codes.shape[1])]
     prefixes = [_numbered(codes[:, : length + 1]) for length in range(codes.shape[1])]

@@ -6,6 +6,7 @@ embedded once and get equal vectors to the last bit. Arrays are memory-mapped an
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from recollect.data.item_text import item_texts
 from recollect.errors import InputError
-from recollect.io import atomic_open, canonical_json, disk_errors, read_json, sha256_file, sha256_text, write_json
+from recollect.io import atomic_open, canonical_json, read_json, sha256_file, sha256_text, write_json
 from recollect.progress import Progress, SilentProgress
+from recollect.tokenize.tables import written_table
 from recollect.types import Dataset, Split
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ def embed_texts(
         the memory-mapped vectors, and the fingerprint.
 
     Raises:
-        InputError: every text is empty.  ModelFileError: the embedder cannot be had.
+        InputError: every text is empty.  ModelFileError: the embedder cannot be had.  StorageRefused: the disk refused.
     """
     from recollect.backbones.resolve import open_embedder
 
@@ -147,15 +150,18 @@ def _join(parts: Path, folder: Path, texts: Sequence[str], distinct: Sequence[st
     place = {text: index for index, text in enumerate(distinct)}
     at = np.fromiter((place[text] for text in texts), dtype=np.int64, count=len(texts))
     dimension = read_vectors(parts / "000000.npy").shape[1]
-    temporary = folder / f".{VECTORS_FILE}.tmp"
-    with disk_errors(temporary):
-        whole = np.lib.format.open_memmap(temporary, "w+", dtype=np.float32, shape=(len(texts), dimension))
+    with _new_vectors(folder, np.float32, (len(texts), dimension)) as whole:
         for number, start in enumerate(range(0, len(distinct), PART)):
             rows = np.flatnonzero((at >= start) & (at < start + PART))
             whole[rows] = read_vectors(parts / f"{number:06}.npy")[at[rows] - start]
-        whole.flush()
-        del whole
-        temporary.replace(folder / VECTORS_FILE)
+
+
+def _new_vectors(
+    folder: Path, dtype: DTypeLike, shape: tuple[int, int]
+) -> contextlib.AbstractContextManager[np.ndarray]:
+    """The table that replaces embeddings.npy; embeddings.json goes first, so that it never speaks of other vectors."""
+    (folder / ABOUT_FILE).unlink(missing_ok=True)
+    return written_table(folder / VECTORS_FILE, dtype, shape)
 
 
 def items_of_file(path: str | Path, item_ids: str | Path | None) -> Items:
@@ -227,7 +233,7 @@ def _in_catalogue_order(array: np.ndarray, ids: Sequence[str], dataset: Dataset,
     """Rows of `array` named by `ids` as the catalogue lists them; written to `folder` where the order differs.
 
     Raises:
-        InputError: an item of the catalogue has no row.
+        InputError: an item of the catalogue has no row.  StorageRefused: the disk refused.
     """
     row_of = {name: row for row, name in enumerate(ids)}
     wanted = [str(name) for name in dataset.catalog.item_ids]
@@ -237,12 +243,7 @@ def _in_catalogue_order(array: np.ndarray, ids: Sequence[str], dataset: Dataset,
     rows = np.fromiter((row_of[name] for name in wanted), dtype=np.int64, count=len(wanted))
     if len(rows) == len(array) and (rows == np.arange(len(rows))).all():
         return array
-    temporary = folder / f".{VECTORS_FILE}.tmp"
-    with disk_errors(temporary):
-        whole = np.lib.format.open_memmap(temporary, "w+", dtype=array.dtype, shape=(len(rows), array.shape[1]))
+    with _new_vectors(folder, array.dtype, (len(rows), array.shape[1])) as whole:
         for start in range(0, len(rows), PART):
             whole[start : start + PART] = array[rows[start : start + PART]]
-        whole.flush()
-        del whole
-        temporary.replace(folder / VECTORS_FILE)
     return read_vectors(folder / VECTORS_FILE)

@@ -104,13 +104,23 @@ class FSQ(AutoencoderTokenizer):
 
     name = "fsq"
     config_class: ClassVar[type] = FSQConfig
-    has_beam = False
     unit_variance = "mean"
     remedy = "use smaller counts or more steps"
 
     def quantiser(self) -> ScalarQuantiser:
         """Rounding to the config's counts."""
         return ScalarQuantiser(tuple(self.config.counts))
+
+    @property
+    def has_joint_decoder(self) -> bool:
+        """See `ItemTokenizer.has_joint_decoder`: a decoder without hidden layers is linear in the scalars."""
+        return bool(self.config.hidden)
+
+    def check_search(self, *, beam: int = 1, top_m: int = 1) -> None:
+        """See `ItemTokenizer.check_search`."""
+        super().check_search(beam=beam, top_m=top_m)
+        if beam > 1:
+            raise InputError(f"beam must be 1: every scalar of {self.name} is rounded on its own, got {beam!r}")
 
     @property
     def latent_dim(self) -> int:

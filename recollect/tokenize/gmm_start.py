@@ -17,7 +17,7 @@ from torch import Tensor
 from recollect.errors import InputError
 from recollect.tokenize.gmm import Mixture, variance_of_kind, weighted_sums
 from recollect.tokenize.gmm_config import RQGMMConfig
-from recollect.tokenize.greedy_seeds import greedy_seeds, seed_sample
+from recollect.tokenize.greedy_seeds import greedy_seeds, positive_rows, seed_sample
 from recollect.tokenize.nearest import NearestMeans
 from recollect.tokenize.rows import RowSource, spans
 
@@ -69,6 +69,10 @@ class CentredRows:
         share = None if self.weight is None else torch.cat([self.weight[start:stop] for start, stop in runs])
         for start, stop in spans(len(rows), self.rows_at_once):
             yield start, rows[start:stop], None if share is None else share[start:stop]
+
+    def numpy_weight(self) -> np.ndarray | None:
+        """(n,) float64 weights, None for equal ones."""
+        return None if self.weight is None else self.weight.cpu().numpy()
 
     def at(self, positions: np.ndarray) -> Tensor:
         """(P, D) float32 rows at positions (P,)."""
@@ -193,22 +197,27 @@ def random_positions(rows: CentredRows, k: int, generator: np.random.Generator) 
     """(K,) distinct rows, drawn by weight, ascending.
 
     Raises:
-        InputError: fewer than K rows have a positive weight.
+        InputError: see `positive_rows`.
     """
-    weight = None if rows.weight is None else rows.weight.cpu().numpy()
-    if weight is not None and int((weight > 0).sum()) < k:
-        raise InputError(f"{int((weight > 0).sum())} items with a positive weight cannot fill a codebook of {k} codes")
-    chance = None if weight is None else weight / weight.sum()
+    chance = None
+    if (weight := rows.numpy_weight()) is not None:
+        positive_rows(weight, k)
+        chance = weight / weight.sum()
     return np.sort(generator.choice(len(rows), size=k, replace=False, p=chance))
 
 
 def seeds(rows: CentredRows, k: int, generator: np.random.Generator) -> Tensor:
-    """(K, D) float32 greedy k-means++ seeds."""
-    chosen = seed_sample(len(rows), k, generator)
+    """(K, D) float32 greedy k-means++ seeds.
+
+    Raises:
+        InputError: see `positive_rows`.
+    """
+    weight = rows.numpy_weight()
+    chosen = seed_sample(len(rows), k, weight, generator)
     positions = np.arange(len(rows)) if chosen is None else chosen
     sample = _gathered(rows, positions)  # (S, D)
-    weight = None if rows.weight is None else rows.weight.cpu().numpy()[positions]
-    return sample[torch.from_numpy(greedy_seeds(sample, k, weight, generator)).to(rows.device)]
+    share = None if weight is None else weight[positions]
+    return sample[torch.from_numpy(greedy_seeds(sample, k, share, generator)).to(rows.device)]
 
 
 def _gathered(rows: CentredRows, positions: np.ndarray) -> Tensor:

@@ -11,14 +11,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recollect.errors import InputError
+
 _FEWEST_ROWS = 16384
 _ROWS_PER_SEED = 64
 
 
-def seed_sample(n: int, k: int, generator: np.random.Generator) -> np.ndarray | None:
-    """Ascending positions of the rows that K seeds are drawn from, at most max(16384, 64 K); None = all n of them."""
+def positive_rows(weight: np.ndarray, k: int) -> np.ndarray:
+    """Ascending positions of the rows of positive weight (n,).
+
+    Raises:
+        InputError: fewer than the K codes they are to fill.
+    """
+    rows = np.flatnonzero(weight > 0)
+    if len(rows) < k:
+        raise InputError(
+            f"{len(rows)} items of positive weight cannot fill a codebook of {k} codes; "
+            f"use --codebook-size {len(rows)} or fewer"
+        )
+    return rows
+
+
+def seed_sample(n: int, k: int, weight: np.ndarray | None, generator: np.random.Generator) -> np.ndarray | None:
+    """Ascending positions of the rows that K seeds are drawn from: of positive weight, at most max(16384, 64 K).
+
+    Args:
+        n: rows there are.
+        weight: (n,) >= 0; None = all the same.
+
+    Returns:
+        the positions, or None for all n rows.
+
+    Raises:
+        InputError: see `positive_rows`.
+    """
+    rows = np.arange(n) if weight is None else positive_rows(weight, k)
     size = max(_FEWEST_ROWS, _ROWS_PER_SEED * k)
-    return None if n <= size else np.sort(generator.choice(n, size=size, replace=False))
+    if len(rows) > size:
+        return rows[np.sort(generator.choice(len(rows), size=size, replace=False))]
+    return None if len(rows) == n else rows
 
 
 def greedy_seeds(points: Tensor, k: int, weight: np.ndarray | None, generator: np.random.Generator) -> np.ndarray:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from recollect.errors import InputError, MissingExtra
+from recollect.errors import MissingExtra
 from recollect.rng import call_seed
 from recollect.tokenize.baseline_options import KMeansConfig
-from recollect.tokenize.greedy_seeds import greedy_seeds, seed_sample
+from recollect.tokenize.greedy_seeds import greedy_seeds, positive_rows, seed_sample
 from recollect.tokenize.rows import RowSource, TensorRows, spans
 
 
@@ -98,6 +98,9 @@ def first_means(
     """(K, D) float32 means to begin from: greedy k-means++, distinct rows, or means of a partition.
 
     A partition gives every mean as many random rows as the others, so all begin near the mean of the points.
+
+    Raises:
+        InputError: by k-means++, fewer points of positive weight than codes.
     """
     generator = np.random.RandomState(seed)
     if seeding == "random":
@@ -106,7 +109,7 @@ def first_means(
     if seeding == "partition":
         return _partition_means(points, generator.permutation(len(points)) % n_codes, n_codes, weight)
     draws = np.random.default_rng(seed)
-    if (chosen := seed_sample(len(points), n_codes, draws)) is not None:
+    if (chosen := seed_sample(len(points), n_codes, weight, draws)) is not None:
         points, weight = points[chosen], None if weight is None else weight[chosen]
     return points[greedy_seeds(torch.from_numpy(points), n_codes, weight, draws)]
 
@@ -181,13 +184,8 @@ def _weighted_points(
     """Points of positive weight, and weights of mean 1, or None where they are equal."""
     if weight is None:
         return points, None
-    positive = weight > 0
-    n = int(positive.sum())
-    if n < n_codes:
-        raise InputError(
-            f"{n} items of positive weight cannot fill a codebook of {n_codes} codes; use --codebook-size {n} or fewer"
-        )
-    if n < len(points):
+    positive = positive_rows(weight, n_codes)
+    if len(positive) < len(points):
         points, weight = points[positive], weight[positive]
     weight = weight / weight.mean()
     return points, None if (weight == weight[0]).all() else weight

@@ -191,6 +191,12 @@ class Entry:
     spec: MethodSpec
     options: Any
 
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K_0..K_{L-1} that the options ask for."""
+        counts = getattr(self.options, "counts", None)  # of FSQ, whose scalars differ
+        return (self.options.codebook_size,) * self.options.levels if counts is None else tuple(counts)
+
     def describe(self) -> dict[str, Any]:
         """What must be equal for a finished result to be kept, JSON-ready."""
         values = dataclasses.asdict(self.options)

@@ -9,6 +9,8 @@ Source: the official code [paper: code].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from recollect.errors import InputError
@@ -19,6 +21,22 @@ MAX_TUPLES = 1 << 20
 """Tuples that may be tried for one item."""
 
 _DECODED_NUMBERS = 1 << 22
+
+
+def searched_codes(neighbours: int, sizes: Sequence[int]) -> int:
+    """How many codes of each level are combined: `neighbours`, or the smallest of the codebooks K_0..K_{L-1}.
+
+    Raises:
+        InputError: their tuples are more than `MAX_TUPLES`.
+    """
+    nearest = min(neighbours, *sizes)
+    n_tuples = nearest ** len(sizes)
+    if n_tuples > MAX_TUPLES:
+        raise InputError(
+            f"{nearest} neighbours on {len(sizes)} levels are {n_tuples} tuples per item, more than {MAX_TUPLES}; "
+            "use fewer neighbours or the collision strategy zcr"
+        )
+    return nearest
 
 
 def repaired_tuples(
@@ -35,16 +53,11 @@ def repaired_tuples(
     An item whose m^L tuples are all in use keeps its own.
 
     Raises:
-        InputError: m^L is beyond `MAX_TUPLES`.
+        InputError: see `searched_codes`.
     """
     depth = codes.shape[1]
-    nearest = min(neighbours, *costs.sizes)
+    nearest = searched_codes(neighbours, costs.sizes)
     n_tuples = nearest**depth
-    if n_tuples > MAX_TUPLES:
-        raise InputError(
-            f"{nearest} neighbours on {depth} levels are {n_tuples} tuples per item, more than {MAX_TUPLES}; "
-            "use fewer neighbours or the collision strategy zcr"
-        )
     codes = np.array(codes, dtype=np.int32, order="C")
     held = np.ascontiguousarray(existing, dtype=np.int32)
     ids = tuple_ids(np.concatenate([held, codes]))

@@ -126,8 +126,7 @@ class PQ(ItemTokenizer):
     ) -> Encoding:
         """See `ItemTokenizer.encode`; blocks are independent, so the greedy code is the best one and beam must be 1."""
         self.check_rows(embeddings)
-        if beam != 1:
-            raise InputError(f"{self.name}: greedy codes are already the best ones; use beam 1, got {beam!r}")
+        self.check_search(beam=beam, top_m=top_m)
         if not 1 <= top_m <= min(self.codebook_sizes):
             raise InputError(f"top_m must be between 1 and {min(self.codebook_sizes)}, got {top_m!r}")
         source = ArrayRows(embeddings, None, self.preprocess.apply)
@@ -145,6 +144,12 @@ class PQ(ItemTokenizer):
                 ranked[start:stop, level] = codes.cpu().numpy()
             distance[start:stop] = error.cpu().numpy()
         return Encoding(np.ascontiguousarray(ranked[:, :, 0]), distance, alternatives=ranked if top_m > 1 else None)
+
+    def check_search(self, *, beam: int = 1, top_m: int = 1) -> None:
+        """See `ItemTokenizer.check_search`."""
+        super().check_search(beam=beam, top_m=top_m)
+        if beam > 1:
+            raise InputError(f"{self.name}: greedy codes are already the best ones; use beam 1, got {beam!r}")
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """See `ItemTokenizer.decode`; blocks without a code get the mean of the fitted rows."""

@@ -129,6 +129,27 @@ class ItemTokenizer(ABC):
     def take_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Inverse of `arrays`; afterwards `encode` is bit-identical to before."""
 
+    @property
+    def has_joint_decoder(self) -> bool:
+        """Whether, by the options, what a digit adds to the decoded row depends on the other digits."""
+        return False
+
+    def check_search(self, *, beam: int = 1, top_m: int = 1) -> None:
+        """Refuse a beam or alternatives that `encode` does not have with these options; needs no fit.
+
+        Raises:
+            InputError: a beam below 1, or more than the method searches for.
+        """
+        if beam < 1:
+            raise InputError(f"{self.name}: beam must be at least 1, got {beam!r}")
+
+    def check_weighted(self) -> None:  # noqa: B027 - most methods take weights
+        """Refuse weights that `fit` does not take with these options; needs no fit.
+
+        Raises:
+            InputError: the method counts every item once.
+        """
+
     def check_fitted(self) -> None:
         """Raises InputError when `fit` or `take_arrays` has not been called."""
         if self.dimension is None:

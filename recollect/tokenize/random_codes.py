@@ -38,8 +38,7 @@ class _DrawnLevel(FittedLevel):
         self._seed, self._level = seed, level
 
     def candidates(self, residual: Tensor, m: int) -> tuple[Tensor, Tensor | None]:
-        if m != 1:
-            raise InputError("random: codes are drawn, not searched; use beam 1 and top_m 1")
+        assert m == 1  # `RandomCodes.check_search` refused more
         codes = drawn_codes(residual.cpu().numpy(), self._seed, self._level, len(self.means))
         return torch.from_numpy(codes).to(residual.device)[:, None], None
 
@@ -64,6 +63,14 @@ class RandomCodes(ResidualTokenizer):
             masses.index_add_(0, codes, share.double())
         means = (sums / torch.where(masses > 0, masses, 1)[:, None]).float()
         return _DrawnLevel(means.to(self.device), self.config.seed, level)
+
+    def check_search(self, *, beam: int = 1, top_m: int = 1) -> None:
+        """See `ItemTokenizer.check_search`."""
+        super().check_search(beam=beam, top_m=top_m)
+        if beam > 1 or top_m > 1:
+            raise InputError(
+                f"random: codes are drawn, not searched; use beam 1 and top_m 1, got beam {beam!r} and top_m {top_m!r}"
+            )
 
     def level_from_arrays(self, level: int, arrays: Mapping[str, np.ndarray]) -> FittedLevel:
         """See `ResidualTokenizer.level_from_arrays`."""

@@ -191,12 +191,9 @@ class ResidualTokenizer(ItemTokenizer):
     ) -> Encoding:
         """See `ItemTokenizer.encode`."""
         self.check_rows(embeddings)
-        if beam < 1 or not 1 <= top_m <= min(self.codebook_sizes):
-            raise InputError(
-                f"beam must be at least 1 and top_m between 1 and {min(self.codebook_sizes)}, got {beam!r}, {top_m!r}"
-            )
-        if beam > 1 and not self.is_additive:
-            raise InputError(f"{self.name}: beam {beam} needs the hard residual rule; use beam 1")
+        self.check_search(beam=beam, top_m=top_m)
+        if not 1 <= top_m <= min(self.codebook_sizes):
+            raise InputError(f"top_m must be between 1 and {min(self.codebook_sizes)}, got {top_m!r}")
         n, depth = len(embeddings), len(self.levels)
         source = ArrayRows(embeddings, None, self.preprocess.apply)
         codes = np.zeros((n, depth), dtype=np.int32)
@@ -218,6 +215,12 @@ class ResidualTokenizer(ItemTokenizer):
     def is_additive(self) -> bool:
         """Whether each level leaves r - mean, so that partial tuples can be ranked by what they leave."""
         return self.reconstructs
+
+    def check_search(self, *, beam: int = 1, top_m: int = 1) -> None:
+        """See `ItemTokenizer.check_search`."""
+        super().check_search(beam=beam, top_m=top_m)
+        if beam > 1 and not self.is_additive:
+            raise InputError(f"{self.name}: beam {beam} needs the hard residual rule; use beam 1")
 
     def _descend(
         self, block: Tensor, emitted: Tensor | None, top_m: int, with_posterior: bool

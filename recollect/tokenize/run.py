@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from recollect.config import build, check_same_run, options_of, run_manifest
-from recollect.errors import ConfigError
-from recollect.io import prepare_out, read_json, write_json
+from recollect.errors import ConfigError, ResumeRefused
+from recollect.io import prepare_out, read_json, sha256_file, write_json
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.tokenize.artefact import MANIFEST, TokenizedItems
 from recollect.tokenize.checkpoint import array_sha256
-from recollect.tokenize.collisions import CollisionConfig, Resolution, resolve_collisions
+from recollect.tokenize.collisions import CollisionConfig, Resolution, check_strategy, resolve_collisions
 from recollect.tokenize.embeddings import Items
-from recollect.tokenize.fit_inputs import fit_inputs
+from recollect.tokenize.fit_inputs import check_fit_inputs, fit_inputs
 from recollect.tokenize.measure import semantic_ids
 from recollect.tokenize.methods import Entry, assignments, make_entries, method_spec
 from recollect.tokenize.peak_memory import PeakMemory
 from recollect.tokenize.protocol import ItemTokenizer
 from recollect.tokenize.run_config import TokenizeConfig
 from recollect.tokenize.run_report import make_report
-from recollect.tokenize.source import open_items, open_source
+from recollect.tokenize.source import Source, keep_vectors, open_items, open_source
 from recollect.types import Dataset, Report
 
 _INPUT_STEPS = ("preprocess", "pca_dimension", "whiten")
@@ -71,6 +71,7 @@ def tokenize(
     progress = progress or SilentProgress()
     progress.stage("reading the data")
     source = open_source(data, config, core=config.core, seed=config.seed)
+    check_combination(entry, config, collisions, source)
     if config.dry_run:
         return _plan(config, entry, source.n_items)
     out = prepare_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
@@ -78,7 +79,9 @@ def tokenize(
     try:
         manifest = _open_run(config, entry, collisions, source.fingerprint, out)
         items = open_items(source, config, out, progress=progress)
-        made, notes = _made(config, entry, collisions, items, out, progress)
+        finished = _finished(items, out)
+        keep_vectors(manifest, items, out)
+        made, notes = finished or _made(config, entry, collisions, items, out, progress)
         progress.stage("measuring")
         report = make_report(config, entry, items, made, notes, manifest)
         report.save(out)
@@ -100,6 +103,8 @@ def free_folder(data: str) -> Path:
 def chosen_entry(config: TokenizeConfig, method_options: Mapping[str, Any]) -> Entry:
     """The method with its options: `method_options`, then --set, then --preprocess and its like where given.
 
+    --device is that of a method which has one, unless its own options name another.
+
     Raises:
         UnknownName: no such method.
         ConfigError: an illegal option, or preprocessing of a method that has none.
@@ -111,7 +116,29 @@ def chosen_entry(config: TokenizeConfig, method_options: Mapping[str, Any]) -> E
         if not known.issuperset(_INPUT_STEPS):
             raise ConfigError(f"{spec.name} reads vectors as they are; leave --preprocess out or prepare the .npy file")
         values |= {name: getattr(config, name) for name in _INPUT_STEPS}
-    return make_entries([spec.name], {spec.name: values}, levels=config.levels, codebook_size=config.codebook_size)[0]
+    entries = make_entries(
+        [spec.name],
+        {spec.name: values},
+        levels=config.levels,
+        codebook_size=config.codebook_size,
+        device=config.device,
+    )
+    return entries[0]
+
+
+def check_combination(entry: Entry, config: TokenizeConfig, collisions: CollisionConfig, source: Source) -> None:
+    """Refuse what method, collision strategy and data cannot do together, before anything is embedded or written.
+
+    Raises:
+        ConfigError, InputError: a search, weights, behaviour vectors or a collision strategy that must fail later.
+    """
+    tokenizer = entry.spec.open(entry.options, seed=config.seed)
+    has_log = source.dataset is not None
+    tokenizer.check_search(beam=config.beam)
+    check_fit_inputs(tokenizer, config, source.n_items, has_log=has_log, collaborative=config.collaborative)
+    if config.collisions == "hash_last" and not has_log:
+        raise ConfigError("--collisions hash_last takes domain and categories of a catalogue; an .npy file has none")
+    check_strategy(config.collisions, tokenizer, entry.codebook_sizes, collisions)
 
 
 def _open_run(
@@ -128,29 +155,47 @@ def _open_run(
         "collision_options": dict(vars(collisions)),
         "data_fingerprint": fingerprint,
     }
+    if config.collaborative is not None:
+        identity["collaborative_sha256"] = sha256_file(config.collaborative)
     path = out / "run.json"
+    held: dict[str, Any] = {}
     if config.overwrite:
         for name in (MANIFEST, "made.json", "report.json", "report.html", "embeddings.json"):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "fit", ignore_errors=True)
     elif path.is_file():
-        check_same_run(read_json(path), "tokenize", identity, out)
+        held = read_json(path)
+        check_same_run(held, "tokenize", identity, out)
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
     manifest = run_manifest("tokenize", options, fingerprint, {"tokenizer": entry.describe()}, config.seed)
     manifest["identity"] = identity
+    manifest["vectors_sha256"] = held.get("vectors_sha256")
     write_json(path, manifest)
     return manifest
+
+
+def _finished(items: Items, out: Path) -> tuple[TokenizedItems, dict[str, Any]] | None:
+    """The artefact that the folder holds and how it was made, see `_made`; None where it is not whole.
+
+    Raises:
+        ResumeRefused: it is of other vectors or ids.
+    """
+    if not ((out / MANIFEST).is_file() and (out / "made.json").is_file()):
+        return None
+    held = TokenizedItems.load(out)
+    made_of = held.details["embeddings_sha256"], tuple(held.ids.item_ids)
+    if made_of != (array_sha256(items.embeddings), items.item_ids):
+        raise ResumeRefused(
+            f"the semantic IDs in {out} are of other item vectors or ids; give the same vectors, ids, texts and "
+            "embedder, or another --out"
+        )
+    return held, read_json(out / "made.json")
 
 
 def _made(
     config: TokenizeConfig, entry: Entry, collisions: CollisionConfig, items: Items, out: Path, progress: Progress
 ) -> tuple[TokenizedItems, dict[str, Any]]:
-    """The artefact, and how it was made (times, collisions, fit report); read back where the folder holds it."""
-    vectors_sha256 = array_sha256(items.embeddings)
-    if (out / MANIFEST).is_file() and (out / "made.json").is_file():
-        held = TokenizedItems.load(out)
-        if held.details.get("embeddings_sha256") == vectors_sha256:
-            return held, read_json(out / "made.json")
+    """The artefact, and how it was made (times, collisions, fit report)."""
     tokenizer = entry.spec.open(entry.options, seed=config.seed)
     inputs = fit_inputs(tokenizer, items, config, config.collaborative)
     mask = inputs["mask"]
@@ -181,7 +226,7 @@ def _made(
         {
             "seed": config.seed,
             "source": items.source,
-            "embeddings_sha256": vectors_sha256,
+            "embeddings_sha256": array_sha256(items.embeddings),
             "fit_mask_sha256": None if mask is None else array_sha256(mask),
             "fitted_items": len(items) if mask is None else int(mask.sum()),
             "beam": config.beam,
@@ -201,10 +246,7 @@ def _resolved(
 ) -> Resolution:
     attributes = None
     if config.collisions == "hash_last":
-        if items.dataset is None:
-            raise ConfigError(
-                "--collisions hash_last takes domain and categories of a catalogue; an .npy file has none"
-            )
+        assert items.dataset is not None  # `check_combination` refused it
         catalog = items.dataset.catalog
         attributes = [catalog.domain.tolist(), ["|".join(names) for names in catalog.categories]]
     return resolve_collisions(
@@ -220,22 +262,19 @@ def _resolved(
 
 def _plan(config: TokenizeConfig, entry: Entry, n_items: int) -> Report:
     """What a run would do; nothing is embedded, fitted or written."""
-    described = entry.describe()["options"]
-    counts = described.get("counts") or [described.get("codebook_size", config.codebook_size)] * int(
-        described.get("levels", 1)
-    )
+    sizes = entry.codebook_sizes
     numbers = {
         "items": n_items,
-        "levels": len(counts),
-        "bits_per_item": round(sum(math.log2(count) for count in counts), 3),
-        "possible_codes": math.prod(counts),
+        "levels": len(sizes),
+        "bits_per_item": round(sum(math.log2(size) for size in sizes), 3),
+        "possible_codes": math.prod(sizes),
         "texts_to_embed": 0 if config.is_file or config.vectors else n_items,
     }
     panel = {
         "kind": "table",
         "title": f"What would be fitted: {entry.spec.name}, {entry.spec.summary}",
         "columns": ["option", "value"],
-        "rows": [[key, str(value)] for key, value in described.items()],
+        "rows": [[key, str(value)] for key, value in entry.describe()["options"].items()],
     }
     protocol = {"data": config.data, "method": config.method, "dry_run": True}
     return Report("tokenize-plan", protocol, {}, ledger=numbers, sections={"panels": [panel]})

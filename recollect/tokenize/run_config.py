@@ -20,6 +20,7 @@ Collisions = Literal[
     "neighbour_repair",
     "zcr",
 ]
+Weighting = Literal["none", "popularity"]
 NOT_IDENTITY = frozenset({"out", "resume", "overwrite", "dry_run", "set"})
 
 
@@ -58,7 +59,7 @@ class ItemOptions:
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where methods with that option compute; methods trained by gradient take a GPU where there is one."""
 
-    weight: Literal["none", "popularity"] = "none"
+    weight: Weighting = "none"
     """What an item counts while fitting: the same for all, or 1 + its training events."""
 
     hold_out_cold: bool = False

@@ -97,8 +97,11 @@ def vllm_fields(ids: SemanticIDs, vocabulary: SemanticVocabulary | None = None) 
             out of ordinary tokens.
 
     Raises:
-        InputError: the catalogue is too large, or its codes in use are more tokens than a request may allow.
+        InputError: the catalogue is too large, or its codes in use are more tokens than a request may allow; a
+            vocabulary of other codebooks than the catalogue's.
     """
+    if vocabulary is not None:
+        vocabulary.check_sizes(ids.codebook_sizes)
     fields: dict[str, Any] = {
         "structured_outputs": {"choice": listed_ids(ids)},
         "max_tokens": ids.n_levels + 1 if vocabulary is not None else 16 * ids.n_levels,

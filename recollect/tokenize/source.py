@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recollect.data import fingerprint as data_fingerprint
 from recollect.data import k_core, leave_one_out, load_dataset
-from recollect.errors import ConfigError
-from recollect.io import canonical_json, sha256_file, sha256_text
+from recollect.errors import ConfigError, ResumeRefused
+from recollect.io import canonical_json, sha256_file, sha256_text, write_json
 from recollect.progress import Progress
 from recollect.tokenize.embeddings import Items, items_of_dataset, items_of_file, read_vectors
+from recollect.tokenize.fit_inputs import fit_mask, fit_weight
+from recollect.tokenize.protocol import fit_rows
 from recollect.tokenize.run_config import BenchConfig, ItemOptions, TokenizeConfig
+from recollect.tokenize.tables import written_table
 from recollect.types import Dataset, Split
 
 _BLOCK = 16384
@@ -82,31 +86,48 @@ def open_items(
     )
 
 
+def keep_vectors(manifest: dict[str, Any], items: Items, out: Path) -> None:
+    """Write into the `run.json` of `out`, whose content `manifest` is, which vectors the run is made of.
+
+    Raises:
+        ResumeRefused: what `out` holds was made of other vectors, or of items with other ids.
+    """
+    if manifest.get("vectors_sha256") not in (None, items.fingerprint):
+        raise ResumeRefused(
+            f"the run in {out} was made of other item vectors or ids; give the same vectors, ids, texts and embedder, "
+            "or another --out"
+        )
+    manifest["vectors_sha256"] = items.fingerprint
+    write_json(out / "run.json", manifest)
+
+
 def preprocessed(items: Items, config: ItemOptions, out: Path) -> Items:
     """The items with `config.preprocess` done to their vectors once, for every method of a comparison alike.
 
-    The result lies in `out` and is memory-mapped; errors are then of the space after the steps.
+    The steps learn from the items and by the weights the methods are fitted with. The result lies in `out` and is
+    memory-mapped; errors are then of the space after the steps.
 
     Raises:
         ConfigError: an illegal chain of steps.
         InputError: steps these vectors do not allow.
+        StorageRefused: the disk refused.
     """
     if not config.preprocess:
         return items
     from recollect.tokenize.preprocess import Preprocess, PreprocessConfig
 
     steps = PreprocessConfig(preprocess=config.preprocess, pca_dimension=config.pca_dimension, whiten=config.whiten)
-    key = sha256_text(canonical_json([items.fingerprint, list(config.preprocess), config.pca_dimension, config.whiten]))
+    parts = [items.fingerprint, list(config.preprocess), config.pca_dimension, config.whiten]
+    if config.hold_out_cold or config.weight != "none":  # without them folders hold results under the shorter key
+        parts += [config.hold_out_cold, config.weight]
+    key = sha256_text(canonical_json(parts))
     path = out / f"preprocessed-{key[:16]}.npy"
     if not path.is_file():
-        chain = Preprocess(steps).fit(items.embeddings)
+        mask, weight = fit_mask(items, config.hold_out_cold), fit_weight(items, config.weight)
+        chain = Preprocess(steps).fit(items.embeddings, *fit_rows(items.embeddings, mask, weight))
         if chain.output_dimension is None:
             raise ConfigError(f"preprocess {config.preprocess!r} leaves no dimension")
-        temporary = path.with_suffix(".tmp")
-        whole = np.lib.format.open_memmap(temporary, "w+", dtype=np.float32, shape=(len(items), chain.output_dimension))
-        for start in range(0, len(items), _BLOCK):
-            whole[start : start + _BLOCK] = chain.apply(np.asarray(items.embeddings[start : start + _BLOCK]))
-        whole.flush()
-        del whole
-        temporary.replace(path)
+        with written_table(path, np.float32, (len(items), chain.output_dimension)) as whole:
+            for start in range(0, len(items), _BLOCK):
+                whole[start : start + _BLOCK] = chain.apply(np.asarray(items.embeddings[start : start + _BLOCK]))
     return replace(items, embeddings=read_vectors(path), fingerprint=key)

@@ -56,11 +56,12 @@ def attribute_digits(attributes: Sequence[Sequence[object]], buckets: int) -> np
     for column in attributes:
         values, inverse = np.unique(np.asarray([str(value) for value in column], dtype=object), return_inverse=True)
         hashes = [hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest() for value in values]
-        state = _mixed(state ^ np.frombuffer(b"".join(hashes), dtype="<u8")[inverse])
+        state = mixed(state ^ np.frombuffer(b"".join(hashes), dtype="<u8")[inverse])
     return (state % np.uint64(buckets)).astype(np.int32)
 
 
-def _mixed(state: np.ndarray) -> np.ndarray:
+def mixed(state: np.ndarray) -> np.ndarray:
+    """(N,) uint64 in which every bit depends on all bits of `state` (N,) uint64, one to one."""
     state = (state ^ (state >> np.uint64(30))) * _MIX[0]
     state = (state ^ (state >> np.uint64(27))) * _MIX[1]
     return state ^ (state >> np.uint64(31))

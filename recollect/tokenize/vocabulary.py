@@ -51,6 +51,21 @@ class SemanticVocabulary:
         """K_0..K_{L-1}."""
         return tuple(len(ids) for ids in self.token_ids)
 
+    def check_sizes(self, codebook_sizes: Sequence[int]) -> None:
+        """Refuse IDs of other codebooks than this vocabulary has tokens for.
+
+        Args:
+            codebook_sizes: K_0..K_{L-1} of the IDs, a collision digit included.
+
+        Raises:
+            InputError: another number of levels, or a level of another size.
+        """
+        if self.codebook_sizes != tuple(codebook_sizes):
+            raise InputError(
+                f"the vocabulary has tokens for codebooks {self.codebook_sizes}, the IDs are of codebooks "
+                f"{tuple(codebook_sizes)}; call add_to(tokenizer, model, …) with these IDs"
+            )
+
     @classmethod
     def consecutive(cls, codebook_sizes: Sequence[int], first: int, end_token: int) -> SemanticVocabulary:
         """Levels one after the other from id `first`, for decoders made for IDs alone."""

@@ -11,6 +11,7 @@ from support.token_worlds import HOSTILE, themed_log, themed_vectors, write_shop
 import recollect as package
 from recollect.cli.main import main
 from recollect.tokenize.artefact import TokenizedItems
+from recollect.tokenize.run import TokenizeConfig, chosen_entry
 
 TITLES = [HOSTILE, *[f"thing {item}" for item in range(1, 60)]]
 VECTORS = ("--vectors", "vectors.npy", "--item-ids", "ids.txt")
@@ -172,6 +173,14 @@ def test_method_options_come_from_flags_and_from_a_section(world, tmp_path, caps
     table = dict(json.loads(capsys.readouterr().out)["panels"][0]["rows"])
     shown = [table[name] for name in ("covariance", "max_iterations", "shrinkage", "annealing", "preprocess")]
     assert shown == ["tied_spherical", "7", "3.0", "alternate", "['l2', 'centre']"]
+
+
+def test_the_device_reaches_methods_that_have_one_and_an_option_of_the_method_wins():
+    assert chosen_entry(TokenizeConfig(method="rq-gmm", device="auto"), {}).options.device == "auto"
+    assert chosen_entry(TokenizeConfig(method="rq-gmm"), {}).options.device == "cpu"
+    assert chosen_entry(TokenizeConfig(method="rq-gmm", device="auto", set=("device=cpu",)), {}).options.device == "cpu"
+    assert chosen_entry(TokenizeConfig(method="rq-gmm", device="auto"), {"device": "cpu"}).options.device == "cpu"
+    assert not hasattr(chosen_entry(TokenizeConfig(method="fsq", device="auto"), {}).options, "device")
 
 
 def test_cold_items_are_encoded_but_not_fitted_on(tmp_path, monkeypatch, capsys):

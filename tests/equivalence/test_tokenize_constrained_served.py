@@ -1,6 +1,7 @@
 """What a server is asked for is the prefix tree: fields, schema and the search over exact scores."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def test_vllm_fields_confine_text_and_tokens():
     assert fields["allowed_token_ids"] == sorted(used | {3})
     assert fields["max_tokens"] == 4
     json.dumps(fields)
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:-1], (*SIZES[:-1], 1), (*SIZES, 2)])
+def test_a_vocabulary_of_other_levels_is_refused(sizes):
+    message = rf"tokens for codebooks {re.escape(str(sizes))}, the IDs are of codebooks {re.escape(str(SIZES))}"
+    with pytest.raises(InputError, match=message):
+        vllm_fields(catalogue(), SemanticVocabulary.consecutive(sizes, first=10, end_token=3))
 
 
 def test_catalogues_too_large_to_send_are_refused_with_the_way_out():

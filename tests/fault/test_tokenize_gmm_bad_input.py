@@ -6,6 +6,7 @@ import torch
 from support.gmm_worlds import clouds
 
 from recollect.errors import ConfigError, InputError
+from recollect.tokenize import greedy_seeds
 from recollect.tokenize.gmm_config import RQGMMConfig
 from recollect.tokenize.rq_gmm import RQGMM
 
@@ -44,6 +45,25 @@ def test_fewer_items_than_codes_are_refused():
         RQGMM(SMALL).fit(VALUES, mask=np.arange(200) < 6)
 
 
+@pytest.mark.parametrize("initialisation", ["kmeans", "kmeans++", "random_points"])
+def test_weights_of_too_few_items_are_refused(initialisation):
+    config = RQGMMConfig(levels=2, codebook_size=8, max_iterations=4, initialisation=initialisation)
+    message = "5 items of positive weight cannot fill a codebook of 8 codes; use --codebook-size 5 or fewer"
+    with pytest.raises(InputError, match=message):
+        RQGMM(config).fit(VALUES, weight=np.r_[np.ones(5), np.zeros(195)])
+    RQGMM(config).fit(VALUES, weight=np.r_[np.ones(8), np.zeros(192)])
+
+
+def test_components_of_many_items_begin_at_the_few_with_weight(monkeypatch):
+    monkeypatch.setattr(greedy_seeds, "_FEWEST_ROWS", 16)
+    monkeypatch.setattr(greedy_seeds, "_ROWS_PER_SEED", 1)
+    many = clouds(seed=2, n=3000, d=4, k=5)
+    weight = np.zeros(3000)
+    weight[2500:2508] = 1.0
+    model = RQGMM(RQGMMConfig(levels=1, codebook_size=8, max_iterations=5)).fit(many, weight=weight)
+    assert len(np.unique(model.encode(many[2500:2508]).codes)) == 8
+
+
 def test_constant_embeddings_are_refused():
     with pytest.raises(InputError, match="every item has the same embedding"):
         RQGMM(SMALL).fit(np.ones((50, 4), dtype=np.float32))
@@ -68,7 +88,7 @@ def test_unfitted_and_wrongly_asked_models_say_so():
     with pytest.raises(InputError, match="not fitted yet"):
         RQGMM(SMALL).encode(VALUES)
     model = RQGMM(SMALL).fit(VALUES)
-    with pytest.raises(InputError, match="top_m between 1 and 8, got 1, 9"):
+    with pytest.raises(InputError, match="top_m must be between 1 and 8, got 9"):
         model.encode(VALUES, top_m=9)
     with pytest.raises(InputError, match="beam must be at least 1"):
         model.encode(VALUES, beam=0)

@@ -7,6 +7,7 @@ import pytest
 from support.baseline_tokenizers import METHODS, clustered, unfitted
 
 from recollect.errors import ConfigError, InputError, MissingExtra
+from recollect.tokenize import greedy_seeds
 from recollect.tokenize.balanced import BalancedRQKMeans
 from recollect.tokenize.baseline_options import (
     BalancedConfig,
@@ -15,6 +16,8 @@ from recollect.tokenize.baseline_options import (
     PRQKMeansConfig,
     VQConfig,
 )
+from recollect.tokenize.greedy_seeds import seed_sample
+from recollect.tokenize.kmeans import first_means
 from recollect.tokenize.preprocess import Preprocess, PreprocessConfig
 
 pytest.importorskip("faiss")
@@ -108,9 +111,33 @@ def test_a_beam_is_refused_where_it_means_nothing(method):
         unfitted(method).fit(clustered()).encode(clustered(), beam=2)
 
 
-def test_weights_of_too_few_items_are_refused():
-    with pytest.raises(InputError, match="5 items of positive weight"):
-        unfitted("rq-kmeans").fit(clustered(), weight=np.r_[np.ones(5), np.zeros(235)])
+@pytest.mark.parametrize("method", ["rq-kmeans", "balanced", "prq-kmeans", "pq", "vq"])
+def test_weights_of_too_few_items_are_refused(method):
+    message = "5 items of positive weight cannot fill a codebook of 12 codes; use --codebook-size 5 or fewer"
+    with pytest.raises(InputError, match=message):
+        unfitted(method).fit(clustered(), weight=np.r_[np.ones(5), np.zeros(235)])
+
+
+def test_first_means_of_many_rows_are_among_the_few_with_weight(monkeypatch):
+    monkeypatch.setattr(greedy_seeds, "_FEWEST_ROWS", 24)
+    monkeypatch.setattr(greedy_seeds, "_ROWS_PER_SEED", 1)
+    rows = clustered(2000)
+    counted = np.arange(1980, 1992)
+    weight = np.zeros(2000)
+    weight[counted] = 1.0
+    for seed in range(3):
+        found = first_means(rows, 12, "k-means++", seed, weight)
+        np.testing.assert_array_equal(np.unique(found, axis=0), np.unique(rows[counted], axis=0))
+
+
+@pytest.mark.parametrize("n", [30, 2000])
+def test_weights_that_are_all_positive_change_no_draw_of_the_rows_that_seeds_come_from(monkeypatch, n):
+    monkeypatch.setattr(greedy_seeds, "_FEWEST_ROWS", 100)
+    monkeypatch.setattr(greedy_seeds, "_ROWS_PER_SEED", 1)
+    weight = np.random.default_rng(1).random(n) + 1e-9
+    plain, weighted = (seed_sample(n, 12, one, np.random.default_rng(0)) for one in (None, weight))
+    np.testing.assert_array_equal(plain, weighted)
+    assert (plain is None) == (n == 30)
 
 
 def test_constrained_sizes_refuse_weights_and_what_would_take_hours():

@@ -93,3 +93,11 @@ def test_filling_prices_balance_random_costs():
     assert np.bincount(cost.argmin(1).numpy(), minlength=20).max() > 150
     assert counts.min() >= 97
     assert counts.max() <= 103
+
+
+def test_a_code_per_item_leaves_later_levels_nothing_to_tell_apart():
+    pytest.importorskip("k_means_constrained")
+    points = np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32)
+    tokenizer = BalancedRQKMeans(BalancedConfig(levels=2, codebook_size=12, balancing="constrained")).fit(points)
+    assert len(set(tokenizer.encode(points).codes[:, 0].tolist())) == 12
+    np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(points).codes), points, atol=1e-5)

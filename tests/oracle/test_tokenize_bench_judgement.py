@@ -9,6 +9,7 @@ from recollect.tokenize.bench_report import bounds_of, over_seeds, row_details, 
 from recollect.tokenize.bench_units import Unit
 from recollect.tokenize.bench_warnings import click_model_warnings, few_items, unequal_starts
 from recollect.tokenize.methods import make_entries
+from recollect.tokenize.protocol import Encoding
 from recollect.tokenize.run_config import BenchConfig
 from recollect.types import Report
 
@@ -108,6 +109,8 @@ def test_errors_of_other_items_or_weights_than_the_fit_s_may_grow_with_depth():
     (entry,) = make_entries(["rq-kmeans"], {}, levels=2, codebook_size=2)
     vectors, codes = np.arange(6.0).reshape(3, 2), np.array([[0, 0], [0, 1], [1, 0]])
     grows = {"reconstruction/relative_mse/level_0": 0.5, "reconstruction/relative_mse/level_1": 0.6}
-    check_unit(entry, vectors, codes, codes, (2, 2), grows, is_fitted_on_all=False)
+    tokenizer = entry.spec.open(entry.options, seed=0)
+    tokenizer.codebook_sizes = entry.codebook_sizes
+    check_unit(entry, tokenizer, vectors, Encoding(codes), codes, grows, is_fitted_on_all=False)
     with pytest.raises(BaselineFailed, match="at level 2"):
-        check_unit(entry, vectors, codes, codes, (2, 2), grows, is_fitted_on_all=True)
+        check_unit(entry, tokenizer, vectors, Encoding(codes), codes, grows, is_fitted_on_all=True)

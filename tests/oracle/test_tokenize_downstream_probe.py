@@ -12,7 +12,7 @@ from recollect.tokenize.downstream import (
     ProbeBudget,
     auc,
     auc_by_user,
-    item_fields,
+    numbered_fields,
     run_probe,
     wins_by_user,
 )
@@ -91,7 +91,7 @@ def test_codes_that_follow_taste_are_found_and_codes_that_do_not_are_not(cases):
     themes = (np.arange(dataset.n_items) % 6)[:, None]
     shuffled = np.random.default_rng(0).permutation(themes)
     found = {
-        name: run_probe(item_fields(codes), made, BUDGET, seed=0)
+        name: run_probe(numbered_fields(codes), made, BUDGET, seed=0)
         for name, codes in (("themes", themes), ("shuffled", shuffled), ("none", np.zeros_like(themes)))
     }
     value = {name: auc(result.clicked, result.skipped) for name, result in found.items()}
@@ -102,7 +102,7 @@ def test_codes_that_follow_taste_are_found_and_codes_that_do_not_are_not(cases):
 
 def test_the_same_seed_gives_the_same_scores_and_another_one_does_not(cases):
     dataset, made = cases
-    fields = item_fields((np.arange(dataset.n_items) % 6)[:, None])
+    fields = numbered_fields((np.arange(dataset.n_items) % 6)[:, None])
     budget = ProbeBudget(width=4, hidden=(8,), epochs=1, batch=128)
     one, two, other = (run_probe(fields, made, budget, seed=seed).clicked for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, two)
@@ -111,9 +111,9 @@ def test_the_same_seed_gives_the_same_scores_and_another_one_does_not(cases):
 
 def test_fields_number_levels_and_prefixes():
     codes = np.array([[0, 5], [0, 7], [3, 5], [0, 5]])
-    assert item_fields(codes, "levels").tolist() == [[0, 0], [0, 1], [1, 0], [0, 0]]
-    assert item_fields(codes, "prefixes").tolist() == [[0, 0], [0, 1], [1, 2], [0, 0]]
-    assert item_fields(codes, "both").shape == (4, 3)
+    assert numbered_fields(codes, "levels").tolist() == [[0, 0], [0, 1], [1, 0], [0, 0]]
+    assert numbered_fields(codes, "prefixes").tolist() == [[0, 0], [0, 1], [1, 2], [0, 0]]
+    assert numbered_fields(codes, "both").shape == (4, 3)
 
 
 def test_a_user_who_touched_everything_and_a_log_without_histories_are_refused():

@@ -1,9 +1,11 @@
 """Where item vectors come from: texts embedded once, files memory-mapped, behaviour vectors in closed form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.recommender_worlds import random_log
-from support.token_worlds import CountingEmbedder, described
+from support.token_worlds import CountingEmbedder, described, themed_vectors
 
 from recollect.data import leave_one_out
 from recollect.data.item_text import item_texts
@@ -12,6 +14,8 @@ from recollect.tokenize import embeddings
 from recollect.tokenize.collaborative import collaborative_vectors
 from recollect.tokenize.embeddings import embed_texts, items_of_dataset, read_vectors
 from recollect.tokenize.fit_inputs import popularity_weight
+from recollect.tokenize.run_config import BenchConfig
+from recollect.tokenize.source import preprocessed
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,41 @@ def test_popularity_weights_are_one_and_the_training_events(tmp_path):
     items = items_of_dataset(dataset, split, tmp_path, embedder=CountingEmbedder())
     events = dataset.interactions.item[split.train].tolist()
     assert popularity_weight(items).tolist() == [1 + events.count(item) for item in range(6)]
+
+
+def warm_and_cold(folder, cold_row):
+    """Items of a log with given vectors; the last of them has no event, and `cold_row` for a vector."""
+    vectors = np.concatenate([themed_vectors(20, dimension=4), [cold_row]]).astype(np.float32)
+    np.save(folder / "x.npy", vectors)
+    dataset = random_log(n_users=40, n_items=21)
+    warm = dataset.interactions.take(dataset.interactions.item < 20)
+    dataset = replace(dataset, interactions=warm)
+    return items_of_dataset(dataset, leave_one_out(dataset), folder, vectors=folder / "x.npy")
+
+
+def centred(items, folder, **options):
+    """What the step `centre` makes of the items' vectors in a comparison."""
+    return np.array(preprocessed(items, BenchConfig(preprocess=("centre",), **options), folder).embeddings)
+
+
+def test_preprocessing_of_a_comparison_learns_from_the_items_and_by_the_weights_of_the_fits(tmp_path):
+    near = warm_and_cold(tmp_path, [0, 0, 0, 0])
+    vectors = np.array(near.embeddings, dtype=np.float64)
+    share = popularity_weight(near)
+    assert share[20] == 1
+    assert len(set(share)) > 2
+    expected = {
+        (False, "none"): vectors.mean(axis=0),
+        (True, "none"): vectors[:20].mean(axis=0),
+        (False, "popularity"): np.average(vectors, axis=0, weights=share),
+        (True, "popularity"): np.average(vectors[:20], axis=0, weights=share[:20]),
+    }
+    for (hold_out_cold, weight), mean in expected.items():  # one folder: none takes the file of another
+        found = centred(near, tmp_path, hold_out_cold=hold_out_cold, weight=weight)
+        np.testing.assert_allclose(found, vectors - mean, atol=1e-6)
+    far = warm_and_cold(tmp_path, [1e3, 1e3, 1e3, 1e3])
+    held = centred(far, tmp_path, hold_out_cold=True)
+    np.testing.assert_array_equal(held[:20], centred(near, tmp_path, hold_out_cold=True)[:20])
 
 
 def test_items_without_training_events_get_zeros_and_too_many_directions_are_refused():

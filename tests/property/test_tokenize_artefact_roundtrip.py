@@ -13,7 +13,7 @@ from support.chained_tokenizer import ChainedConfig, ChainedTokenizer
 from recollect.errors import DataError, InputError
 from recollect.rng import stream
 from recollect.tokenize.artefact import TokenizedItems, array_sha256
-from recollect.tokenize.methods import METHODS, tokenizer_class
+from recollect.tokenize.methods import METHODS, method_spec, tokenizer_class
 from recollect.tokenize.protocol import Encoding
 from recollect.tokenize.text_form import codes_of, find_ids, level_name, texts_of
 from recollect.types import SemanticIDs
@@ -56,6 +56,22 @@ def test_everything_comes_back_and_encodes_bit_for_bit(tmp_path, known_chained):
     again = after.tokenizer.encode(rows)
     assert (again.codes == before.encoding.codes).all()
     assert again.distance.tobytes() == before.encoding.distance.tobytes()
+
+
+@pytest.mark.parametrize("name", ["rq-gmm", "prq-kmeans", "random"])
+def test_what_was_fitted_on_a_gpu_encodes_where_there_is_none(tmp_path, monkeypatch, name):
+    rows, spec = rows_of(), method_spec(name)
+    tokenizer = spec.open(spec.options({}, "test", levels=2, codebook_size=5), seed=0).fit(rows)
+    encoding = tokenizer.encode(rows)
+    ids = SemanticIDs(names_of(len(rows)), encoding.codes, tokenizer.codebook_sizes)
+    folder = TokenizedItems(ids, tokenizer, encoding).save(tmp_path / "sid")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["options"]["device"] = "cuda"
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    loaded = TokenizedItems.load(folder).tokenizer
+    assert loaded.config.device == "auto"
+    np.testing.assert_array_equal(loaded.encode(rows).codes, encoding.codes)
 
 
 def test_the_folder_is_what_the_interface_says(tmp_path, known_chained):
