@@ -2,7 +2,8 @@
 
     python benchmarks/render.py [results/*.jsonl]
 
-A table per name: a line per method, a column per metric, each figure with its range or 95 % interval.
+A table per name, data, model and note: a line per method, a column per metric, each figure with its range or its
+95 % interval.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def _section(rows: Sequence[Row]) -> str:
         f"Machine: {first['machine']}. Commit: {', '.join(commits) or 'none'} (+ = changed files). {installed}.",
         "",
     ]
-    tables: dict[tuple[str, str, str], list[Row]] = {}
+    tables: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        tables.setdefault((row["name"], row["data"], row["model"]), []).append(row)
-    for (name, data, model), found in tables.items():
-        told = {"Data": data, "model": model, "how": found[0]["note"], "seed": found[0]["seed"]}
+        tables.setdefault((row["name"], row["data"], row["model"], row["note"]), []).append(row)
+    for (name, data, model, how), found in tables.items():
+        seeds = {row["seed"] for row in found}
+        told = {"Data": data, "model": model, "how": how, "seed": seeds.pop() if len(seeds) == 1 else ""}
         about = "; ".join(f"{what}: {value}" for what, value in told.items() if value != "")
         lines += [f"### {name}", "", f"{about}.", ""]
         lines += [*_table(found), ""]
@@ -72,21 +74,26 @@ def _table(rows: Sequence[Row]) -> list[str]:
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     cells = {(row["method"], row["metric"]): row for row in rows}
+    if len(cells) < len(rows):
+        raise ValueError(f"two rows of one method and metric in {rows[0]['name']!r}, {rows[0]['note']!r}: give notes")
     # Of costs, a column that is zero throughout (nothing unusable, nothing written) is told by its absence.
     shown = [
         metric
         for metric in metrics
         if metric not in MAY_BE_ABSENT or any(row["value"] for row in rows if row["metric"] == metric)
     ]
-    head = "| method | " + " | ".join(metric.replace("_", " ") for metric in shown) + " | n |"
-    lines = [head, "|---" * (len(shown) + 2) + "|"]
+    each_its_seeds = len({row["seed"] for row in rows}) > 1
+    columns = ["method", *(["seed"] if each_its_seeds else []), *(metric.replace("_", " ") for metric in shown), "n"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for method in methods:
         found = [cells.get((method, metric)) for metric in shown]
         sizes = sorted({row["n"] for row in found if row})
         if not sizes:
             continue
         n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
-        lines.append(f"| {method} | " + " | ".join(map(_cell, found)) + f" | {n} |")
+        seeds = list(dict.fromkeys(str(row["seed"]) for row in found if row)) if each_its_seeds else []
+        told = [method, *(["; ".join(seeds)] if each_its_seeds else []), *map(_cell, found), n]
+        lines.append("| " + " | ".join(told) + " |")
     return lines
 
 

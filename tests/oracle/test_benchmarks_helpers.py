@@ -106,3 +106,38 @@ def test_a_table_tells_every_figure_with_its_spread(tmp_path):
         "versions",
         "commit",
     } <= set(row)
+
+
+def _row(value: float, **other: object) -> dict[str, object]:
+    about = {"benchmark": "b", "name": "t", "data": "d", "model": "m", "method": "one", "metric": "score", "note": ""}
+    rest = {"low": None, "high": None, "n": 1, "spread": "range", "seed": "0", "commit": "c", "machine": "x"}
+    return {**about, **rest, "versions": {"numpy": "2"}, "value": value, **other}
+
+
+def test_tries_of_one_thing_have_a_table_each_and_seeds_that_differ_a_column():
+    from render import rendered
+
+    page = rendered(
+        [[_row(0.25, note="first"), _row(0.75, note="second"), _row(0.5, note="second", method="two", seed="1")]]
+    )
+    assert page.count("### t") == 2
+    first, second = page.split("### t")[1:]
+    assert "how: first; seed: 0." in first
+    assert "| one | 0.25 | 1 |" in first
+    assert "seed:" not in second
+    assert "| one | 0 | 0.75 | 1 |" in second
+    assert "| two | 1 | 0.5 | 1 |" in second
+
+
+def test_two_figures_for_one_cell_are_refused():
+    from render import rendered
+
+    with pytest.raises(ValueError, match="two rows of one method and metric in 't'"):
+        rendered([[_row(0.25), _row(0.75)]])
+
+
+def test_the_results_page_is_what_its_rows_give():
+    from render import read_rows, rendered
+
+    files = sorted((BENCHMARKS / "results").glob("*.jsonl"))
+    assert (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8") == rendered([read_rows(file) for file in files])
