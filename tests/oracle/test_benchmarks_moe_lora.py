@@ -43,8 +43,13 @@ def test_the_loops_are_the_batched_layers_with_their_gradients(moe_lora, style):
         one.square().mean().backward()
     layer, loop = batched.get_submodule(first), looped.get_submodule(first)
     assert layer.bank.lora_B[0].grad.abs().sum() > 0
-    torch.testing.assert_close(torch.stack([up.grad for up in loop.up]), layer.bank.lora_B[0].grad[0])
-    torch.testing.assert_close(loop.router.grad, layer.own_router.rows[0].grad[0])
+    pairs = [
+        (torch.stack([up.grad for up in loop.up]), layer.bank.lora_B[0]),
+        (loop.router.grad, layer.own_router.rows[0]),
+    ]
+    for gradient, parameter in pairs:
+        rounding = 3e-6 * float(gradient.abs().max())  # of sums, whichever order a machine takes
+        torch.testing.assert_close(gradient, parameter.grad[0], rtol=1e-5, atol=rounding)
 
 
 def test_every_method_activates_the_rank_of_pefts_lora(moe_lora):
