@@ -48,8 +48,8 @@ def test_the_loops_are_the_batched_layers_with_their_gradients(moe_lora, style):
         (loop.router.grad, layer.own_router.rows[0]),
     ]
     for gradient, parameter in pairs:
-        rounding = 3e-6 * float(gradient.abs().max())  # of sums, whichever order a machine takes
-        torch.testing.assert_close(gradient, parameter.grad[0], rtol=1e-5, atol=rounding)
+        rounding = 1e-3 * float(gradient.abs().max())  # of a whole decoder, whichever order a machine sums in
+        torch.testing.assert_close(gradient, parameter.grad[0], rtol=0, atol=rounding)
 
 
 def test_every_method_activates_the_rank_of_pefts_lora(moe_lora):
