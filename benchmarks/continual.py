@@ -9,8 +9,8 @@ test example wherever it was evaluated, which examples have equal prompts, floor
 Sequences are compared only where data, options and model are the same; a method with two sets of options is two.
 
 * compare: OP, BWT and OP_norm of each method with 95 % intervals (test prompts and seeds resampled as in the report of
-  a run), every method minus `--against`, and BWT of the first method minus half of that of the second (`--half`): above
-  0 it forgets less than half as much.
+  a run), scores of each task when learnt and at the end, every method minus `--against`, and BWT of the first method
+  minus half of that of the second (`--half`): above 0 it forgets less than half as much.
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ def compare(kept: Sequence[Mapping[str, Any]], against: str, half: tuple[str, st
             rows.model = str(identity["backbone"])
             rows.note = f"prompts up to {identity['max_prompt']} tokens, learning rate {identity['learning_rate']:g}"
             add_methods(rows, group)
+            add_tasks(rows, group)
             add_differences(rows, group, against)
             if all(method in group.runs for method in half):
                 add_half(rows, group, half)
@@ -221,6 +222,21 @@ def add_methods(rows: Rows, group: Sequences) -> None:
                 rows.add("all methods", method, f"{name}_parameters", parameters[name], seed=told)
         minutes = [(one["training_seconds"] + one["evaluation_seconds"]) / 60 for one in lines]
         rows.add_median("all methods", method, "minutes", minutes, seed=told)
+
+
+def add_tasks(rows: Rows, group: Sequences) -> None:
+    """Mean score of each task just after it was learnt and at the end, and what needs no model."""
+    tasks, floors = group.lines[0]["tasks"], group.lines[0]["floors"]
+    for name in ("when learnt", "at the end"):
+        for method, runs in group.runs.items():
+            seeds = sorted(runs)
+            matrix = np.mean([run.matrix for run in group.scores(method, seeds)], axis=0)
+            scores = np.diagonal(matrix) if name == "when learnt" else matrix[-1]
+            told = ",".join(map(str, seeds))
+            for task, score in zip((*tasks, "mean"), (*scores, scores.mean()), strict=True):
+                rows.add(name, method, task, float(score), n=len(seeds), seed=told)
+        for task, score in {**floors, "mean": float(np.mean(list(floors.values())))}.items():
+            rows.add(name, "no model", task, score)
 
 
 def add_differences(rows: Rows, group: Sequences, against: str) -> None:

@@ -57,6 +57,10 @@ def test_sequences_of_two_folders_give_the_report_of_one_run(script, runs, tmp_p
             found = report.sections["methods"][method]["aggregates"][metric]
             row = rows["all methods", method, metric]
             assert [row["value"], row["low"], row["high"]] == pytest.approx([found["value"], *found["ci95"]], rel=1e-4)
+    for name, round_of in (("when learnt", lambda task: task), ("at the end", lambda task: len(TASKS) - 1)):
+        for number, task in enumerate(TASKS):
+            matrix = report.sections["methods"]["mh-moe"]["accuracy_matrix"]
+            assert rows[name, "mh-moe", task]["value"] == pytest.approx(matrix[round_of(number)][number], abs=1e-4)
     for found in report.sections["differences"]:
         if found["metric"] in METRICS:
             row = rows["minus seq-lora", "mh-moe", found["metric"]]
