@@ -12,7 +12,7 @@ Papers print different things as "BWT"; each variant has its own name here:
   forgetting    mean over the first T-1 tasks of (best score before the last task) - R[T, i]; negative where tasks end
                 better than they ever were.
   forgetting_nonnegative  the same with the last score among the candidates for the best, so never below 0.
-Source: trace_benchmark 6.
+Source: trace_benchmark 6; the last is the form behind the `forgetting` that was computed from the published matrices.
 """
 
 from __future__ import annotations

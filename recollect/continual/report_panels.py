@@ -25,7 +25,6 @@ NAMES = {
     "average_incremental": "mean OP over rounds",
     "fwt": "forward transfer",
 }
-LOWER = ("forgetting", "forgetting_nonnegative")
 
 
 def all_panels(

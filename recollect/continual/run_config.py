@@ -121,7 +121,7 @@ class ContinualConfig:
     as the benchmark has (1 030 beside 5 000)."""
 
     max_prompt: int = 1024
-    """Tokens of a prompt at most; longer ones lose the middle, never what they ask."""
+    """Tokens of a prompt at most; longer ones lose part of their text, never what they ask (with truncation body)."""
 
     max_answer: int = 512
     """Tokens of an answer at most."""

@@ -190,16 +190,6 @@ LIMA = TraceTask(
 
 TRACE_TASKS = (C_STANCE, FOMC, MEETING_BANK, PY150, SCIENCE_QA, NUMGLUE_CM, NUMGLUE_DS, MINUTEN)
 STANDARD_ORDER = tuple(task.name for task in TRACE_TASKS)
-SECOND_ORDER = (
-    "NumGLUE-cm",
-    "NumGLUE-ds",
-    "FOMC",
-    "20Minuten",
-    "C-STANCE",
-    "Py150",
-    "MeetingBank",
-    "ScienceQA",
-)
 _BY_NAME = {task.name: task for task in TRACE_TASKS}
 
 

@@ -154,7 +154,7 @@ class BalancedRQKMeans(ResidualTokenizer):
         if arguments.get("weight") is not None:
             self.check_weighted()
         super().fit(embeddings, **arguments)
-        self.report.warnings = [
+        self.report.warnings += [
             f"level {level}: filling had not settled after {self.config.rounds} rounds; the best round was kept"
             for level, found in enumerate(self.report.levels)
             if not found["is_stable"]

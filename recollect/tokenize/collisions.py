@@ -2,8 +2,9 @@
 
 Nothing is random, and ties are broken by item id where ids are given (by row otherwise), so the result does not depend
 on the order of rows. Generative models need every item to have its own tuple (`zcr`); click models want similar items
-to share (`none`). Exactly equal embeddings always collide; only strategies that look at more than the embedding's
-cost (`suffix`, `zcr`, `capacity`, `constrained`, `neighbour_repair`) separate them.
+to share (`none`). Exactly equal embeddings always collide; only strategies that look at more than an embedding's codes
+can separate them: the suffixes, `zcr` and `neighbour_repair`, `hash_last` where the items' attributes differ,
+`capacity` and `constrained` unless a last digit has to hold several items.
 """
 
 from __future__ import annotations

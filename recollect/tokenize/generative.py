@@ -31,6 +31,8 @@ from recollect.eval.ranking import evaluate_ranker
 from recollect.eval.ranking_inputs import evaluate_lists
 from recollect.loop import LoopConfig, train
 from recollect.progress import Progress, SilentProgress
+from recollect.recommenders.markov import Markov
+from recollect.recommenders.popularity import Popularity
 from recollect.rng import call_seed, stream
 from recollect.tokenize.checkpoint import array_sha256
 from recollect.tokenize.collisions import resolve_collisions
@@ -283,48 +285,12 @@ class Retriever:
         return float((is_target * gains).sum(axis=1).mean())
 
 
-class _Popularity:
-    """Scores an item by its training events."""
-
-    name = "popularity"
-
-    def __init__(self, dataset: Dataset, split: Split) -> None:
-        item = dataset.interactions.item[split.train]
-        self._counts = np.bincount(item, minlength=dataset.n_items).astype(np.float32)
-
-    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
-        scores = np.tile(self._counts, (len(histories), 1))
-        return scores if candidates is None else np.take_along_axis(scores, candidates, axis=1)
-
-
-class _Markov:
-    """Scores item j by how often it directly followed the last history item in training."""
-
-    name = "markov"
-
-    def __init__(self, dataset: Dataset, split: Split) -> None:
-        log = dataset.interactions.take(split.train)
-        pairs = np.flatnonzero(log.user[1:] == log.user[:-1])
-        before, after = log.item[pairs], log.item[pairs + 1]
-        order = np.argsort(before, kind="stable")
-        self._after = after[order]
-        self._starts = np.searchsorted(before[order], np.arange(dataset.n_items + 1))
-        self._n_items = dataset.n_items
-
-    def score(self, histories: Sequence[np.ndarray], candidates: np.ndarray | None = None) -> np.ndarray:
-        scores = np.zeros((len(histories), self._n_items), dtype=np.float32)
-        for row, history in enumerate(histories):
-            if len(history):
-                last = int(history[-1])
-                np.add.at(scores[row], self._after[self._starts[last] : self._starts[last + 1]], 1.0)
-        return scores if candidates is None else np.take_along_axis(scores, candidates, axis=1)
-
-
 def reference_columns(dataset: Dataset, split: Split) -> dict[str, dict[str, np.ndarray]]:
     """{"popularity" and "markov": columns as of a `GenerativeResult`}, of the same test cases."""
     found = {}
-    for model in (_Popularity(dataset, split), _Markov(dataset, split)):
+    for label, model in (("popularity", Popularity()), ("markov", Markov())):
+        model.fit(dataset, split)
         masked = evaluate_ranker(model, dataset, split, ks=KS, mask="history")
         unmasked = evaluate_ranker(model, dataset, split, ks=KS, mask="none")
-        found[model.name] = columns_of(masked, unmasked)
+        found[label] = columns_of(masked, unmasked)
     return found

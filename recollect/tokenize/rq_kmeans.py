@@ -34,7 +34,7 @@ class _KMeansChain(ResidualTokenizer):
     def fit(self, embeddings: np.ndarray, **arguments: Any) -> Self:
         """See `ItemTokenizer.fit`; warns of levels that had not converged."""
         super().fit(embeddings, **arguments)
-        self.report.warnings = [
+        self.report.warnings += [
             f"level {level}: k-means had not converged after {self.config.iterations} iterations; raise iterations"
             for level, found in enumerate(self.report.levels)
             if not found["has_converged"]

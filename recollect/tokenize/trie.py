@@ -91,11 +91,6 @@ class PrefixTrie:
         return bool((self._key[-1] % self._widths[-1] == 0).any())
 
     @property
-    def n_bytes(self) -> int:
-        """Memory of the arrays."""
-        return sum(array.nbytes for array in [*self._first, *self._key, self._items])
-
-    @property
     def device(self) -> torch.device:
         return self._items.device
 

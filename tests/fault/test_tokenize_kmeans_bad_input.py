@@ -14,11 +14,15 @@ from recollect.tokenize.baseline_options import (
     KMeansConfig,
     OPQConfig,
     PRQKMeansConfig,
+    RQKMeansConfig,
     VQConfig,
 )
+from recollect.tokenize.gmm_config import RQGMMConfig
 from recollect.tokenize.greedy_seeds import seed_sample
 from recollect.tokenize.kmeans import first_means
 from recollect.tokenize.preprocess import Preprocess, PreprocessConfig
+from recollect.tokenize.rq_gmm import RQGMM
+from recollect.tokenize.rq_kmeans import VQ, RQKMeans
 
 pytest.importorskip("faiss")
 pytest.importorskip("k_means_constrained")
@@ -203,3 +207,19 @@ def test_preprocessing_refuses_what_it_cannot_do():
         chain.apply(flat)
     with pytest.raises(InputError, match="preprocess"):
         Preprocess(PreprocessConfig(("centre",))).take_arrays({})
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        RQKMeans(RQKMeansConfig(levels=1, codebook_size=8)),
+        VQ(VQConfig(codebook_size=8)),
+        BalancedRQKMeans(BalancedConfig(levels=1, codebook_size=8)),
+        RQGMM(RQGMMConfig(levels=1, codebook_size=8)),
+    ],
+    ids=lambda tokenizer: tokenizer.name,
+)
+def test_every_method_warns_of_codes_that_no_item_has(tokenizer):
+    four = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    fitted = tokenizer.fit(np.repeat(four, 10, axis=0))
+    assert any("4 of 8 codes are the code of no fitted item" in warning for warning in fitted.report.warnings)

@@ -180,7 +180,8 @@ def test_unbiased_n_eff_is_right_on_average_where_the_plug_in_is_not() -> None:
 def test_mean_n_eff_weighs_routes_by_tokens_and_leaves_rare_ones_out() -> None:
     routes = np.repeat([5, 2, 9], [300, 100, 3])
     compositions = np.concatenate([np.arange(300) % 2, np.zeros(100, int), np.arange(3)])
-    value, used = mean_n_eff(routes, compositions, least_tokens=100, unbiased=False)
-    assert used == 2
-    assert value == pytest.approx((300 * 2 + 100 * 1) / 400)
+    value, share = mean_n_eff(routes, compositions, least_tokens=100)
+    assert share == pytest.approx(400 / 403)
+    halves = 300 * 299 / (2 * 150 * 149)  # pairs of tokens over pairs that share their composition
+    assert value == pytest.approx((300 * halves + 100 * 1) / 400)
     assert math.isnan(mean_n_eff(routes, compositions, least_tokens=1_000)[0])

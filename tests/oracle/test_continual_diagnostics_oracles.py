@@ -11,7 +11,7 @@ from support.adapter_worlds import tiny_decoder
 from support.factor_toy import FACTORS, FLAT, HEADWISE, VALUES, World, trained_on_a
 
 from recollect.continual.adapters.attach import adapters, attach, routers
-from recollect.continual.adapters.collision import mean_n_eff, n_eff
+from recollect.continual.adapters.collision import n_eff, route_n_eff
 from recollect.continual.adapters.config import MHMoEConfig, PlainLoraConfig, SDLoraMoEConfig
 from recollect.continual.adapters.routing import Routing, choose
 from recollect.continual.diagnostics.alignment import (
@@ -34,7 +34,7 @@ from recollect.continual.diagnostics.forgetting import (
     joined,
     route_points,
 )
-from recollect.continual.diagnostics.n_eff_report import layer_number, load_cv, neff_report, route_n_eff
+from recollect.continual.diagnostics.n_eff_report import layer_number, load_cv, neff_report
 from recollect.continual.diagnostics.probes import factor_probes
 from recollect.continual.diagnostics.spectra import adapter_gradients, round_spectra
 from recollect.continual.diagnostics.watching import Choices, passes, watch, why_no_routes
@@ -148,7 +148,9 @@ def test_the_report_of_n_eff_equals_its_parts_and_counts_banks_apart():
     compositions = draws.integers(0, 30, 4_000)
     choices = Choices(winners, 3)
     (entry,) = neff_report({"model.layers.7.mlp": choices}, compositions)
-    joint, _ = mean_n_eff(choices.routes(), compositions)
+    pairs = 3 * winners[:, 0, 0] + winners[:, 1, 0]
+    by_route = [compositions[pairs == route] for route in range(9)]
+    joint = np.average([n_eff(np.bincount(one)) for one in by_route], weights=[len(one) for one in by_route])
     assert entry["joint"] == pytest.approx(joint)
     by_bank = [(n_eff(np.bincount(compositions[winners[:, j, 0] == e])), j, e) for j in range(2) for e in range(3)]
     sizes = [(winners[:, j, 0] == e).sum() for _, j, e in by_bank]

@@ -12,7 +12,7 @@ from torch.nn import functional
 from recollect.continual.adapters import usage_gate
 from recollect.continual.adapters.attach import adapters, token_mask
 from recollect.continual.adapters.saving import from_pretrained, save_pretrained
-from recollect.continual.methods.banks import banks, concatenated_pair, generations_of
+from recollect.continual.methods.banks import banks, generations_of
 from recollect.continual.methods.driving import learn_task
 from recollect.continual.methods.ewc import EWC, quadratic_pull, sample_fisher
 from recollect.continual.methods.gem import agem_projection, gem_projection
@@ -23,7 +23,7 @@ from recollect.continual.methods.objective import answer_loss, model_inputs, sam
 from recollect.continual.methods.protocol import Phase, live_state, trained_parameters
 from recollect.continual.methods.replay import kept_batches
 from tests.support.adapter_worlds import randomize, tiny_decoder
-from tests.support.method_worlds import LOOP, Kept, rows, same, small_method, tiny_task, weights
+from tests.support.method_worlds import LOOP, N_TASKS, Kept, rows, same, small_method, tiny_task, weights
 
 
 def learned(method, n_tasks, after=None):
@@ -67,7 +67,7 @@ def test_o_lora_penalty_is_zero_exactly_for_orthogonal_rows_and_else_the_sum_of_
     assert size_penalty(model).item() == pytest.approx(sizes, rel=1e-6)
 
 
-def test_o_lora_forward_is_the_sum_of_pairs_and_the_concatenated_pair():
+def test_o_lora_forward_is_the_sum_of_pairs_and_of_all_of_them_along_the_rank_axis():
     model = randomize(learned(small_method("o-lora"), 3))
     for module in adapters(model).values():
         x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(1))
@@ -75,10 +75,11 @@ def test_o_lora_forward_is_the_sum_of_pairs_and_the_concatenated_pair():
             module.scaling * x @ down[0, 0].t() @ up[0, 0]
             for down, up in zip(module.bank.lora_A, module.bank.lora_B, strict=True)
         )
-        down, up = concatenated_pair(module.bank)
+        down = torch.cat([part[0, 0] for part in module.bank.lora_A])
+        up = torch.cat([part[0, 0] for part in module.bank.lora_B])
         assert down.shape[0] == 6
         assert torch.allclose(module.eval().delta(x), pairs, atol=1e-5)
-        assert torch.allclose(module.scaling * x @ down.t() @ up.t(), pairs, atol=1e-5)
+        assert torch.allclose(module.scaling * x @ down.t() @ up, pairs, atol=1e-5)
 
 
 def test_o_lora_loss_adds_the_weighted_penalties():
@@ -259,6 +260,31 @@ def test_the_step_of_gem_goes_along_no_memory_backwards(name):
         assert float(memory @ stepped) >= -1e-5 * float(memory.norm() * against.norm())
 
 
+def test_a_gem_steps_by_one_batch_drawn_from_all_memories():
+    method = small_method("a-gem")
+    model = learned(method, 2)
+    method.before_task(tiny_task(2), model)
+    parameters = list(trained_parameters(model).values())
+    of_batches = [
+        torch.cat([part.flatten() for part in torch.autograd.grad(answer_loss(model, batch), parameters)])
+        for task in (0, 1)
+        for batch in Kept().batches(task, method.options.samples)
+    ]
+    drawn = set()
+    for _ in range(40):
+        against, start = -sum(of_batches), 0
+        for parameter in parameters:
+            parameter.grad = against[start : start + parameter.numel()].view_as(parameter).clone()
+            start += parameter.numel()
+        method.after_backward(model, None)
+        stepped = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        expected = torch.stack([agem_projection(against, memory) for memory in of_batches])
+        distances = (expected - stepped).norm(dim=1) / against.norm()
+        assert float(distances.min()) < 1e-4
+        drawn.add(int(distances.argmin()))
+    assert drawn == set(range(len(of_batches)))
+
+
 # LwF
 
 
@@ -333,6 +359,24 @@ def test_inflora_stores_as_few_directions_as_keep_the_energy():
     assert torch.equal(new_rows(covariance, torch.eye(5)[:, :4], 2), torch.zeros(2, 5))
 
 
+def test_inflora_keeps_a_share_of_the_energy_that_rises_to_all_of_it():
+    method = small_method("inflora", {"energy": 0.4, "covariance_batches": 0})
+    unkept = []
+
+    def note(index, model):
+        worst = 0.0
+        for name, covariance in method._covariances(tiny_task(index), model).items():
+            outside = torch.eye(len(covariance)) - method.past[name] @ method.past[name].t()
+            worst = max(worst, float((outside @ covariance @ outside).trace() / covariance.trace()))
+        unkept.append(worst)
+
+    learned(method, N_TASKS, after=note)
+    allowed = [0.6 * (1 - index / (N_TASKS - 1)) for index in range(N_TASKS)]
+    assert all(one <= most + 1e-5 for one, most in zip(unkept, allowed, strict=True))
+    assert unkept[0] > 1e-3
+    assert unkept[-1] <= 1e-5
+
+
 def test_input_covariance_counts_real_tokens_alone():
     method = small_method("inflora")
     model = method.prepare(tiny_decoder(num_hidden_layers=1))
@@ -378,7 +422,7 @@ def test_grown_methods_leave_older_experts_bit_identical():
     assert all(torch.equal(seen[0][name], seen[2][name]) for name in oldest)
 
 
-def test_gated_experts_move_no_further_than_ungated_ones_and_say_how_many():
+def test_gated_experts_say_what_share_of_them_was_held_back():
     gated = small_method("mh-moe-gated")
     shares = []
     learned(gated, 2, after=lambda index, model: shares.append(gated.facts()["gated_share"]))

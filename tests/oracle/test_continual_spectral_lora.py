@@ -30,24 +30,37 @@ def make(heads: int = 1, **options: Any) -> SDLoraMoELinear:
     return SDLoraMoELinear(base, SDLoraMoEConfig(heads=heads, **(values | options))).double()
 
 
-def train(layer: SDLoraMoELinear, steps: int, seed: int = 0, rate: float = 1e-2) -> None:
-    """Steps towards a random linear map, around which the projector is called."""
+def train(layer: SDLoraMoELinear, steps: int, seed: int = 0, rate: float = 1e-2) -> Tensor:
+    """Steps towards a random linear map, around which the projector is called; (H, E) mean gates of its tokens."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(IN, OUT, generator=generator, dtype=torch.float64) / IN**0.5
     optimizer = torch.optim.Adam([weight for weight in layer.parameters() if weight.requires_grad], lr=rate)
     SpectralProjector(layer).attach(optimizer)
     layer.train()
+    gates = []
     for _ in range(steps):
         x = torch.randn(32, IN, generator=generator, dtype=torch.float64)
         optimizer.zero_grad()
         (layer(x) - layer.base(x) - x @ target).square().mean().backward()
         optimizer.step()
+        gates.append(layer.last_routing.gates().detach().double())
+    return torch.cat(gates).mean(0)
 
 
 def mean_update(layer: SDLoraMoELinear) -> Tensor:
     """Common, frozen and gate-weighted mean of the experts: (d_out, d_in)."""
     experts = layer.expert_updates() * layer.gate_means()[..., None, None]
     return layer.common_update() + torch.cat(list(experts.sum(1)), dim=1)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_experts_count_with_the_mean_of_their_gates_over_the_tokens_of_the_task(heads: int) -> None:
+    layer = make(heads)
+    first = train(layer, 10)
+    torch.testing.assert_close(layer.gate_means().double(), first, atol=1e-6, rtol=0)
+    assert float((first - 1 / 3).abs().max()) > 0.02  # uneven, so equal shares would be told apart
+    second = train(layer, 30, seed=1)
+    torch.testing.assert_close(layer.gate_means().double(), (first + 3 * second) / 4, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -184,11 +197,21 @@ def test_later_training_stays_outside_of_the_frozen_pair() -> None:
     torch.testing.assert_close(layer.common_update() - added, frozen)
 
 
-def test_several_heads_report_what_the_frozen_pair_could_not_take_over() -> None:
+def test_several_heads_report_what_the_frozen_pair_could_not_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make(heads=4)
-    train(layer, 40)
+    means = train(layer, 40)
+    layer.refresh()
+    monkeypatch.setattr(layer, "refresh", lambda: None)  # of several heads a second one moves a little again
+
+    def experts() -> Tensor:
+        return torch.cat(list((layer.expert_updates() * means[..., None, None]).sum(1)), dim=1)
+
+    before, common = experts(), layer.common_update()
     done = layer.absorb()
-    assert 0 < done.kept <= 1
+    lost = before - experts()
+    missing = lost - (layer.common_update() - common)
+    assert done.kept == pytest.approx(1 - float(missing.square().sum() / lost.square().sum()), abs=1e-6)
+    assert 0.01 < done.kept < 0.99
 
 
 def decoder(folder: Path) -> Any:

@@ -121,3 +121,64 @@ def test_small_equal_variance_and_weights_make_em_lloyds_algorithm():
     level = GaussianLevel(Mixture(means, variance, weight), options)
     codes = level.candidates(torch.from_numpy(values), 1)[0][:, 0].numpy()
     np.testing.assert_array_equal(codes, theirs.labels_)
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical"])
+def test_shrinkage_mixes_in_so_many_points_of_the_pooled_variance(covariance):
+    values = clouds(seed=6, n=300, d=3, k=5)
+    start = start_at(values, 4, covariance)
+    rows = torch.from_numpy(values).double()
+    mass = log_densities(rows, start).softmax(dim=1).sum(dim=0)[:, None]
+    own = textbook_step(rows, start, covariance).variance
+    pooled = (mass * own).sum(dim=0) / len(values)
+
+    found = fit_mixture(rows_of(values), 4, plain(covariance, max_iterations=1, shrinkage=25.0), start=start).mixture
+
+    torch.testing.assert_close(found.variance, (mass * own + 25 * pooled) / (mass + 25), rtol=1e-9, atol=1e-9)
+
+
+def test_a_dead_component_begins_anew_at_the_least_likely_row_with_the_pooled_variance_and_the_weight_of_a_row():
+    values = clouds(seed=7, n=120, d=3, k=4)
+    start = start_at(values, 4, "diag")
+    start.means[2] += 1e4  # nothing is near to it
+    rows = torch.from_numpy(values).double()
+    scores = log_densities(rows, start)
+    gamma = scores.softmax(dim=1)
+    alive, mass = [0, 1, 3], gamma.sum(dim=0)
+    means, variance, weight = start.means.clone(), start.variance.clone(), mass / len(rows)
+    for k in alive:
+        means[k] = gamma[:, k] @ rows / mass[k]
+        variance[k] = gamma[:, k] @ (rows - means[k]) ** 2 / mass[k]
+    means[2] = rows[scores.logsumexp(dim=1).argmin()]
+    variance[2] = mass[alive] @ variance[alive] / mass[alive].sum()
+    weight[2] = 1 / len(rows)
+    expected = textbook_step(rows, Mixture(means, variance, (weight / weight.sum()).log()), "diag")
+
+    found = fit_mixture(rows_of(values), 4, plain(max_iterations=2, minimum_points=2.0), start=start)
+
+    assert found.report["reseeded"] == [1]
+    for name in ("means", "variance", "log_weight"):
+        torch.testing.assert_close(getattr(found.mixture, name), getattr(expected, name), rtol=1e-7, atol=1e-7)
+
+
+def test_stepwise_updates_mix_statistics_at_the_rate_of_cappe_and_moulines():
+    values = clouds(seed=8, n=200, d=3, k=4)
+    mixture = start_at(values, 4, "diag")
+    rows = torch.from_numpy(values).double()
+    weight = mixture.log_weight.exp()[:, None]
+    kept = [weight, weight * mixture.means, weight * (mixture.variance + mixture.means**2)]
+    for update in range(3):  # batches of all rows: an update a pass
+        gamma = log_densities(rows, mixture).softmax(dim=1) / len(rows)
+        seen = [gamma.sum(dim=0)[:, None], gamma.T @ rows, gamma.T @ rows**2]
+        rate = (update + 2) ** -0.7
+        kept = [(1 - rate) * old + rate * new for old, new in zip(kept, seen, strict=True)]
+        means = kept[1] / kept[0]
+        mixture = Mixture(means, kept[2] / kept[0] - means**2, (kept[0][:, 0] / kept[0].sum()).log())
+    expected = textbook_step(rows, mixture, "diag")  # the fit ends with one full step
+
+    start = start_at(values, 4, "diag")
+    found = fit_mixture(rows_of(values), 4, plain(max_iterations=3, batch_rows=256), start=start)
+
+    assert (found.report["passes"], found.report["iterations"]) == (3, 1)
+    for name in ("means", "variance", "log_weight"):
+        torch.testing.assert_close(getattr(found.mixture, name), getattr(expected, name), rtol=1e-7, atol=1e-7)

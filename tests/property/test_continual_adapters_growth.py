@@ -107,6 +107,8 @@ def test_scales_and_gates_stay_in_their_ranges(new: list[float], old: float, gat
     scale = update_scale(fresh, torch.full_like(fresh, old))
     assert ((scale >= 0) & (scale <= 1)).all()
     assert (scale[fresh <= old] == (1.0 if old == 0 else 0.0)).all()
+    above = fresh > old
+    torch.testing.assert_close(scale[above] * (fresh[above] + old), fresh[above] - old)
     logits = 5 * torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(seed))
     weights, indices, probabilities = choose(logits, gate, 2)
     assert (weights.sum(-1) <= 1 + 1e-6).all()

@@ -1,6 +1,7 @@
 """How many compositions of token factors one route collects: N_eff = 1 / Σ_c P(c | route)².
 
-Source: name and role from arXiv 2602.12587; the unbiased estimate is ours.  A diagnostic, never a guarantee: for any
+Source: name and role from arXiv 2602.12587, its formula at second hand; the unbiased estimate and the least number of
+tokens are ours.  A diagnostic, never a guarantee: for any
 set S of compositions p(S) ≤ √(|S| / N_eff) holds, but that does not bound how much an old task's loss rises.
 """
 
@@ -34,25 +35,33 @@ def n_eff(counts: np.ndarray, *, unbiased: bool = True) -> float:
     return math.inf if probability == 0 else 1 / probability
 
 
+def route_n_eff(routes: np.ndarray, compositions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unbiased N_eff (R,) and tokens (R,) of every route 0..R-1 from (n,) routes and compositions.
+
+    N_eff is inf where no composition occurs twice, NaN for a route of one token.
+    """
+    n_routes = int(routes.max()) + 1
+    n_compositions = int(compositions.max()) + 1
+    cells, counts = np.unique(routes.astype(np.int64) * n_compositions + compositions, return_counts=True)
+    pairs = np.bincount(cells // n_compositions, counts * (counts - 1.0), minlength=n_routes)
+    sizes = np.bincount(routes, minlength=n_routes)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = sizes * (sizes - 1.0) / pairs
+    return np.where(sizes > 1, values, np.nan), sizes
+
+
 def mean_n_eff(
-    routes: np.ndarray, compositions: np.ndarray, *, least_tokens: int = LEAST_TOKENS, unbiased: bool = True
-) -> tuple[float, int]:
-    """Token-weighted mean N_eff over the routes with enough tokens, and how many routes these are.
+    routes: np.ndarray, compositions: np.ndarray, *, least_tokens: int = LEAST_TOKENS
+) -> tuple[float, float]:
+    """Token-weighted mean of `route_n_eff` over the routes with enough tokens, and the share of tokens in these.
 
     Args:
         routes: (n,) int64 route of each token (e.g. `mh_moe.route_numbers`).
         compositions: (n,) int64 composition of each token.
         least_tokens: routes with fewer are left out; NaN and 0 where all are.
-        unbiased: see `repeat_probability`.
     """
-    order = np.argsort(routes, kind="stable")
-    sorted_routes, sorted_compositions = routes[order], compositions[order]
-    starts = np.flatnonzero(np.r_[True, sorted_routes[1:] != sorted_routes[:-1]])
-    values, weights = [], []
-    for part in np.split(sorted_compositions, starts[1:]):
-        if len(part) >= least_tokens:
-            values.append(n_eff(np.unique(part, return_counts=True)[1], unbiased=unbiased))
-            weights.append(len(part))
-    if not values:
-        return math.nan, 0
-    return float(np.average(values, weights=weights)), len(values)
+    values, sizes = route_n_eff(routes, compositions)
+    enough = sizes >= least_tokens
+    if not enough.any():
+        return math.nan, 0.0
+    return float(np.average(values[enough], weights=sizes[enough])), float(sizes[enough].sum() / len(routes))

@@ -63,7 +63,7 @@ class MoELoraConfig:
     grow: int = 0
     """Experts added to every bank before each task after the first."""
     router_replay: float = 0.0
-    """Share of each earlier task's data replayed to the routers alone after a task."""
+    """Share of the data of every task seen, the present one included, replayed to the routers alone after a task."""
     update_gate: Literal["none", "usage"] = "none"
     """usage = scale every expert's update by how much more the new task uses it than the old ones did."""
     seed: int = 0

@@ -6,7 +6,7 @@ replayed data of every task seen.  Experts of one growth are a generation with t
 `requires_grad` and a frozen expert stays bit-identical under any optimiser.
 
 A new generation is closed at first (its rows are absent from the softmax, as if at −∞): growing changes no logit.
-Phase 1 opens it.  Source: the strongest small-model result of an independent study of TRACE (moe_lora 7).
+Phase 1 opens it.  Source: the strongest small-model result of an independent study of TRACE (moe_lora 6).
 """
 
 from __future__ import annotations

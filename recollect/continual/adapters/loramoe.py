@@ -2,7 +2,7 @@
 
 The paper's gate is dense; `gate="topk_full", top_k=1` is the sparse form other studies compare with.  The localised
 balancing constraint is `routing.localized_balancing_loss`, its coefficient `LoRAMoEConfig.lbc` (0, off, as in the
-released script; the paper has 0.1).
+released script; 0.1 in the paper, as recalled).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""MH-MoE (arXiv 2602.12587): sub-representations are routed apart.
+"""MH-MoE (arXiv 2602.12587): sub-representations are routed apart.  The paper's equations are known at second hand.
 
 The input h is cut into H contiguous slices; each has a private router and a private bank whose experts map the slice to
 the full output; the chosen experts' outputs are summed:
 
     y = W0·h + Σ_{j=1..H} Σ_{e ∈ TopK(p^(j))} p^(j)_e · E_{j,e}(h^(j)),   p^(j) = softmax(W_r^(j)·h^(j)).
 
-Experts here are low-rank.  Three placements: every linear with routers over slices
-of its own input (`MHMoELinear`), routes made once per FFN and shared by its linears (`SharedRoutes`), one bank of
-slice → low rank → SiLU → d beside the whole FFN (`AdapterFFN`).  With `slice_source="pre_o"` that bank reads the
-attention heads' outputs before the output projection mixes them (`AttentionTap`), so a slice is a group of heads.
+Low-rank experts, the placements and the slice source are our design.  Three placements: every linear with routers
+over slices of its own input (`MHMoELinear`), routes made once per FFN and shared by its linears (`SharedRoutes`), one
+bank of slice → low rank → SiLU → d beside the whole FFN (`AdapterFFN`).  With `slice_source="pre_o"` that bank reads
+the attention heads' outputs before the output projection mixes them (`AttentionTap`), so a slice is a group of heads.
 Slices of the FFN's own input are not guaranteed to be attention heads, for the output projection has mixed those.
 """
 

@@ -272,7 +272,7 @@ def localized_balancing(probabilities: Tensor, importance: Tensor) -> Tensor:
         probabilities: Q (B, E), expert probabilities summed (or averaged) over each sample's tokens.
         importance: I (B, E), 1+δ where the expert's type is the sample's, 1−δ elsewhere.
 
-    Source: the authors' code; the paper writes Var/Mean, which is not scale-free.
+    Source: the authors' code; the paper, as recalled, writes Var/Mean, which is not scale-free.
     """
     weighted = importance * probabilities
     return weighted.var() / (weighted.mean().square() + 1e-10)

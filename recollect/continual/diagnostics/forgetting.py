@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from recollect.continual.adapters.collision import LEAST_TOKENS
-from recollect.continual.diagnostics.n_eff_report import finite, route_n_eff
+from recollect.continual.adapters.collision import LEAST_TOKENS, route_n_eff
+from recollect.continual.diagnostics.n_eff_report import finite
 from recollect.eval.statistics import bootstrap_statistic
 from recollect.rng import stream
 

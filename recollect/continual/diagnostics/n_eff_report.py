@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from recollect.continual.adapters.collision import LEAST_TOKENS, n_eff
+from recollect.continual.adapters.collision import LEAST_TOKENS, mean_n_eff, n_eff
 from recollect.continual.diagnostics.watching import Choices
 
 MEASURES = ("joint", "bank", "one_route", "routes_used", "route_entropy", "load_cv", "joint_share")
@@ -41,21 +41,19 @@ def neff_report(
         routes = one.routes()
         counts = np.bincount(routes)
         shares = counts / counts.sum()
-        values, sizes = route_n_eff(routes, compositions)
-        enough = sizes >= least_tokens
+        joint, joint_share = mean_n_eff(routes, compositions, least_tokens=least_tokens)
         banks = one.banks()
         repeated = np.repeat(compositions, banks.shape[1])
-        bank_values, bank_sizes = route_n_eff(banks.reshape(-1), repeated)
-        bank_enough = bank_sizes >= least_tokens
+        bank, _ = mean_n_eff(banks.reshape(-1), repeated, least_tokens=least_tokens)
         found.append(
             {
                 "router": name,
                 "layer": layer_number(name),
                 "tokens": len(routes),
-                "joint": _weighted(values[enough], sizes[enough]),
-                "bank": _weighted(bank_values[bank_enough], bank_sizes[bank_enough]),
+                "joint": finite(joint),
+                "bank": finite(bank),
                 "one_route": finite(n_eff(np.bincount(compositions))),
-                "joint_share": float(sizes[enough].sum() / len(routes)),
+                "joint_share": joint_share,
                 "routes_used": len(counts),
                 "route_entropy": float(-(shares * np.log(shares)).sum()),
                 "load_cv": load_cv(one),
@@ -63,21 +61,6 @@ def neff_report(
             }
         )
     return found
-
-
-def route_n_eff(routes: np.ndarray, compositions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unbiased N_eff (R,) and tokens (R,) of every route 0..R-1 from (n,) routes and compositions.
-
-    N_eff is inf where no composition occurs twice, NaN for a route of one token.
-    """
-    n_routes = int(routes.max()) + 1
-    n_compositions = int(compositions.max()) + 1
-    cells, counts = np.unique(routes.astype(np.int64) * n_compositions + compositions, return_counts=True)
-    pairs = np.bincount(cells // n_compositions, counts * (counts - 1.0), minlength=n_routes)
-    sizes = np.bincount(routes, minlength=n_routes)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = sizes * (sizes - 1.0) / pairs
-    return np.where(sizes > 1, values, np.nan), sizes
 
 
 def load_cv(choices: Choices) -> float:
@@ -97,7 +80,3 @@ def layer_number(name: str) -> int:
 def finite(value: float) -> float | None:
     """The number, or None where it is none."""
     return float(value) if math.isfinite(value) else None
-
-
-def _weighted(values: np.ndarray, sizes: np.ndarray) -> float | None:
-    return finite(float(np.average(values, weights=sizes))) if len(values) else None

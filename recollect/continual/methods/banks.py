@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recollect.continual.adapters.attach import adapters
 from recollect.continual.adapters.growth import add_generation, open_experts
@@ -43,10 +42,3 @@ def freeze_older(model: nn.Module) -> None:
             newest = number == len(bank.lora_A) - 1
             bank.lora_A[number].requires_grad_(newest)
             bank.lora_B[number].requires_grad_(newest)
-
-
-def concatenated_pair(bank: Any) -> tuple[Tensor, Tensor]:
-    """All pairs of a bank of one slice as one pair: A (R, d), B (d_out, R), R the sum of the ranks."""
-    down = torch.cat([part[0].flatten(0, 1) for part in bank.lora_A])
-    up = torch.cat([part[0].flatten(0, 1) for part in bank.lora_B])
-    return down, up.t()

@@ -1,9 +1,10 @@
 """GEM and A-GEM: a step's gradient is changed as little as possible so that no memory objects to it.
 
 With M the gradients m_k of the memories (rows), GEM keeps g where every m_k·g ≥ 0 and else uses g + Mᵀv, where v solves
-min ½·vᵀMMᵀv + (Mg)ᵀv subject to v ≥ margin; then m_k·(g + Mᵀv) ≥ 0 for every k.  A-GEM has one memory, the mean
-gradient m over all of them, and uses g − m·(m·g)/|m|² where m·g < 0.  A memory is a fixed choice of samples of a
-finished task; its gradient is computed anew at every step, without dropout.
+min ½·vᵀMMᵀv + (Mg)ᵀv subject to v ≥ margin; then m_k·(g + Mᵀv) ≥ 0 for every k.  A-GEM has one
+memory, the mean gradient m of batches drawn from all of them together, and uses g − m·(m·g)/|m|² where m·g < 0.  A
+memory is a fixed choice of samples of a finished task; of `batches_per_step` of its batches, drawn anew at every step
+(0 = all), the gradient is computed without dropout.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class GEM(ContinualMethod):
 
 
 class AGEM(GEM):
-    """One constraint: the mean over all memories."""
+    """One constraint: the mean over batches drawn from all memories together."""
 
     name = "a-gem"
 

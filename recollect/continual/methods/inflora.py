@@ -1,9 +1,10 @@
-"""InfLoRA (CVPR 2024): a pair per task whose A reads only input directions that earlier tasks did not use.
+"""InfLoRA (CVPR 2024) [recalled]: a pair per task whose A reads only input directions that earlier tasks did not use.
 
 Per wrapped linear, before task t: C = covariance of its inputs on the new data, C' = (I − MMᵀ)·C·(I − MMᵀ) with M the
 stored directions of the past; A_t = the r leading eigenvectors of C' (as rows, fixed), B_t = 0 is trained.  Inputs in
 the span of M therefore see no change.  After the task M takes in leading directions of what is left of the inputs'
-energy, until the kept share is ε; ε rises from `energy` to 1 over the sequence.
+energy, until the kept share is ε.  That ε rises is recalled; that it rises linearly from `energy` to 1 over the
+sequence, and how many batches are behind a covariance, is ours.
 """
 
 from __future__ import annotations

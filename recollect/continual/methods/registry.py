@@ -112,7 +112,11 @@ _SPECS = (
         "gem", "gem:GEM", "gradients that no memory objects to (quadratic program)", configs.GEMConfig, keeps_data=True
     ),
     MethodSpec(
-        "a-gem", "gem:AGEM", "gradients that the mean memory does not object to", configs.AGEMConfig, keeps_data=True
+        "a-gem",
+        "gem:AGEM",
+        "gradients that a draw of all memories does not object to",
+        configs.AGEMConfig,
+        keeps_data=True,
     ),
     MethodSpec("lwf", "lwf:LwF", "the adapters before the task teach on its own batches", configs.LwFConfig),
     MethodSpec(
