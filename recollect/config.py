@@ -12,6 +12,7 @@ import dataclasses
 import importlib.metadata
 import inspect
 import itertools
+import json
 import platform
 import textwrap
 import types
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from recollect import __version__
-from recollect.errors import ConfigError, ResumeRefused
+from recollect.errors import ConfigError, InputError, ResumeRefused
 
 if TYPE_CHECKING:
     import yaml
@@ -344,6 +345,26 @@ def run_manifest(
         "versions": versions(),
         "platform": {"system": platform.system(), "machine": platform.machine()},
     }
+
+
+def check_replaceable(out: Path, command: str) -> None:
+    """Refuse to replace a run of another command, whose files this one does not know.
+
+    Raises:
+        InputError: the folder's run.json is of another command.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8")).get("command", command)
+    except (ValueError, AttributeError):  # torn: to be replaced all the more
+        return
+    if held != command:
+        raise InputError(
+            f"--out {out} holds a run of {held!r}, and --overwrite replaces runs of {command} only; use another folder "
+            "or remove this one"
+        )
 
 
 def check_same_run(held: Mapping[str, Any], command: str, identity: Mapping[str, Any], out: Path) -> None:

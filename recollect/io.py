@@ -32,7 +32,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _DISK_ERRORS:
-            raise StorageRefused(f"cannot write {path}: {error.strerror}; free some space and resume") from error
+            remedy = "make it writable" if error.errno == errno.EROFS else "free some space"
+            raise StorageRefused(f"cannot write {path}: {error.strerror}; {remedy} and resume") from error
         raise
 
 
@@ -163,8 +164,8 @@ def confined(root: str | Path, name: str) -> Path:
     return path
 
 
-def prepare_out(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
-    """Make the run folder; refuse one that already holds something.
+def check_out(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """The run folder, not made yet; refuse one that already holds something.
 
     Raises:
         InputError: `out` is a file, or a non-empty folder and neither `resume` nor `overwrite` was given.
@@ -174,6 +175,19 @@ def prepare_out(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
         raise InputError(f"--out {out} is not a folder")
     if out.is_dir() and any(out.iterdir()) and not (resume or overwrite):
         raise InputError(f"--out {out} is not empty; add --resume to continue it or --overwrite to replace it")
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def prepare_out(out: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """`check_out`, then make the folder.
+
+    Raises:
+        InputError: see `check_out`; no folder can be there.
+    """
+    out = check_out(out, resume=resume, overwrite=overwrite)
+    try:
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}; choose another folder") from error
     return out

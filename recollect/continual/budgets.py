@@ -30,6 +30,8 @@ from recollect.continual.methods.registry import MethodSpec, method_spec
 from recollect.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from recollect.types import Report
 
 Metric = Literal["trained", "activated"]
@@ -185,8 +187,8 @@ def model_linears(model: Any) -> dict[str, Linears]:
     return found
 
 
-def decoder_linears(folder: Path, keep_layers: int | None = None) -> dict[str, Linears]:
-    """`model_linears` of a decoder's folder, cut to its first blocks where asked, without reading its weights."""
+def weightless_decoder(folder: Path, keep_layers: int | None = None) -> nn.Module:
+    """The decoder of a folder on the meta device, cut to its first blocks where asked: shapes without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -197,7 +199,7 @@ def decoder_linears(folder: Path, keep_layers: int | None = None) -> dict[str, L
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:keep_layers]
     with torch.device("meta"):
-        return model_linears(AutoModelForCausalLM.from_config(described))
+        return AutoModelForCausalLM.from_config(described)
 
 
 def match_budgets(

@@ -15,25 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from recollect.config import build, check_same_run, run_manifest, to_dict
+from recollect.config import build, check_replaceable, check_same_run, run_manifest, to_dict
 from recollect.continual.benchmark import Benchmark, open_benchmark
 from recollect.continual.budgets import (
     BudgetTable,
     Linears,
     budget_of,
-    decoder_linears,
     match_budgets,
     model_linears,
+    weightless_decoder,
 )
 from recollect.continual.diagnostics.factors import OldExamples, choose_old
 from recollect.continual.entries import Entry, make_entries
 from recollect.continual.learner import Generation, best_precision, usual_batch
 from recollect.continual.report import make_report
 from recollect.continual.run_config import LOOSE, ContinualConfig
-from recollect.continual.sequence import SequenceOptions, SequenceResult, run_sequence, sequence_cells
+from recollect.continual.sequence import (
+    SequenceOptions,
+    SequenceResult,
+    check_same_method,
+    run_sequence,
+    sequence_cells,
+)
 from recollect.continual.task_stream import Batching, TaskRows, make_tasks
-from recollect.io import canonical_json, prepare_out, read_json, sha256_text, write_json
+from recollect.io import canonical_json, check_out, prepare_out, read_json, sha256_text, write_json
 from recollect.journal.lock import WriterLock
 from recollect.loop import LoopConfig
 from recollect.progress import Progress, SilentProgress
@@ -77,13 +84,20 @@ def continual(
     benchmark = open_benchmark(config, replays=any(entry.reads_general_rows for entry in entries))
     if config.dry_run:
         return _plan(config, entries, benchmark)
-    out = prepare_out(config.out or free_folder(config.data), resume=config.resume, overwrite=config.overwrite)
+    # Whatever can be refused is refused here: until then nothing is written, and nothing replaced.
+    out = check_out(config.out or free_folder(config.data), resume=config.resume, overwrite=config.overwrite)
+    entries, budgets = _fitted(config, entries, benchmark)
+    identity = _identity(config, benchmark)
+    _check_folder(config, identity, entries, benchmark, out)
+    progress.stage("turning examples into tokens", len(benchmark.names))
+    rows = benchmark.training_rows(lambda: progress.advance(1))
+    prepare_out(out, resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
-        manifest = _open_run(config, entries, benchmark, out)
-        progress.stage("turning examples into tokens", len(benchmark.names))
-        rows = benchmark.training_rows(lambda: progress.advance(1))
-        entries, budgets = _fitted(config, entries, benchmark, progress)
+        _check_folder(config, identity, entries, benchmark, out)
+        manifest = _open_run(config, identity, entries, out)
+        for line in [] if budgets is None else budgets.lines():
+            progress.stage(line)
         results = _results(config, entries, benchmark, rows, out, progress)
         progress.stage("comparing")
         report = make_report(config, entries, benchmark, rows, results, manifest)
@@ -114,27 +128,56 @@ def free_folder(data: str) -> Path:
     return folder
 
 
-def _open_run(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark, out: Path) -> dict[str, Any]:
-    """Write `run.json`, or check that the run found there is this one; its content."""
-    fingerprint = benchmark.fingerprint()
+def _identity(config: ContinualConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """What a run continues with only where it is equal."""
     loose = LOOSE | config.foreign
     identity = {name: value for name, value in to_dict(config).items() if name not in loose}
-    identity |= {
+    return identity | {
         "data": Path(config.data).name,
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": benchmark.fingerprint(),
         "model": _model_hash(benchmark.folder),
     }
+
+
+def _check_folder(
+    config: ContinualConfig, identity: Mapping[str, Any], entries: list[Entry], benchmark: Benchmark, out: Path
+) -> None:
+    """Refuse a folder whose run or sequences are other ones.
+
+    Raises:
+        InputError: a run of another command would be replaced.
+        ResumeRefused: another run would be continued; the message names the first difference.
+    """
+    if config.overwrite:
+        check_replaceable(out, "continual")
+        return
+    if (out / "run.json").is_file():
+        check_same_run(read_json(out / "run.json"), "continual", identity, out)
+    for entry in entries:
+        for seed in config.all_seeds:
+            check_same_method(sequence_folder(out, entry, seed), entry, benchmark)
+
+
+def _open_run(config: ContinualConfig, identity: Mapping[str, Any], entries: list[Entry], out: Path) -> dict[str, Any]:
+    """Clear what is to be replaced and write `run.json`; its content."""
     path = out / "run.json"
+    methods: dict[str, Any] = {}
     if config.overwrite:
         shutil.rmtree(out / "methods", ignore_errors=True)
         for name in ("report.json", "report.html", "tables.csv"):
             (out / name).unlink(missing_ok=True)
     elif path.is_file():
-        check_same_run(read_json(path), "continual", identity, out)
+        methods = read_json(path).get("methods", {})
+    fingerprint = identity["data_fingerprint"]
     manifest = run_manifest("continual", to_dict(config), fingerprint, {"backbone": config.backbone}, config.seed)
-    manifest |= {"identity": identity, "methods": {entry.name: entry.describe() for entry in entries}}
+    manifest |= {"identity": identity, "methods": methods | {entry.name: entry.describe() for entry in entries}}
     write_json(path, manifest)
     return manifest
+
+
+def sequence_folder(out: Path, entry: Entry, seed: int) -> Path:
+    """Where the run in `out` keeps a method with a seed."""
+    return out / "methods" / entry.name / f"seed-{seed}"
 
 
 def _model_hash(folder: Path) -> str:
@@ -157,24 +200,25 @@ def _sampled_hash(file: Path) -> str:
 
 
 def _fitted(
-    config: ContinualConfig, entries: list[Entry], benchmark: Benchmark, progress: Progress
+    config: ContinualConfig, entries: list[Entry], benchmark: Benchmark
 ) -> tuple[list[Entry], BudgetTable | None]:
-    """The entries with their final ranks; adapters that do not fit the model are refused before anything is trained."""
+    """The entries with their final ranks; adapters that do not fit the model are refused, without its weights."""
     from recollect.continual.adapters.attach import attached, detach
 
-    progress.stage("fitting the adapters to the model")
-    model = benchmark.open_learner().model
+    model = _weightless(config, benchmark)
     budgets = None
     if config.match_budget:
         budgets = match_budgets(entries, model_linears(model), len(benchmark.names), config.budget)
         entries = [row.entry for row in budgets.rows]
-        for line in budgets.lines():
-            progress.stage(line)
     for entry in entries:
         entry.spec.open(entry.options, entry.adapter).prepare(model)
         if attached(model) is not None:
             detach(model)
     return entries, budgets
+
+
+def _weightless(config: ContinualConfig, benchmark: Benchmark) -> nn.Module:
+    return weightless_decoder(benchmark.folder, config.keep_layers if config.benchmark == "domains" else None)
 
 
 def _results(
@@ -213,7 +257,7 @@ def _results(
                 tasks=make_tasks(rows, general, how, is_joint=entry.spec.is_joint),
                 benchmark=benchmark,
                 options=options,
-                folder=out / "methods" / entry.name / f"seed-{seed}",
+                folder=sequence_folder(out, entry, seed),
                 progress=progress,
             )
             results[entry.name].append(found)
@@ -233,11 +277,8 @@ def _old_examples(config: ContinualConfig, benchmark: Benchmark, rows: list[Task
 def _plan(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark) -> Report:
     """What a run would do: rows, tokens, optimiser steps, evaluations, answers, and the disk it would take."""
     rows = benchmark.training_rows(lambda: None)
-    linears = decoder_linears(benchmark.folder, config.keep_layers if config.benchmark == "domains" else None)
-    budgets = None
-    if config.match_budget:
-        budgets = match_budgets(entries, linears, len(benchmark.names), config.budget)
-        entries = [row.entry for row in budgets.rows]
+    entries, budgets = _fitted(config, entries, benchmark)
+    linears = model_linears(_weightless(config, benchmark))
     sizes = benchmark.sizes().values()
     tests = [n_tests for _, _, n_tests in sizes]
     per_step = config.batch_size * config.accumulation

@@ -102,6 +102,39 @@ def sequence_cells(n_tasks: int, options: SequenceOptions, *, is_joint: bool) ->
     return (*untouched, *(Cell(n_tasks, task) for task in range(n_tasks)))
 
 
+def check_same_method(folder: Path, entry: Entry, benchmark: Benchmark) -> None:
+    """Refuse to continue a sequence that was made with other options of its method.
+
+    Raises:
+        ResumeRefused: the message names the first option that differs.
+    """
+    path = folder / METHOD_FILE
+    if not path.is_file():
+        return
+    held, wanted = read_json(path), _described(entry, benchmark)
+    if held != wanted:
+        name, before, now = _first_difference(held, wanted)
+        raise ResumeRefused(
+            f"{path} was made with {name} {before!r}, not {now!r}; use the same options or another --out"
+        )
+
+
+def _described(entry: Entry, benchmark: Benchmark) -> dict[str, Any]:
+    described = entry.describe()
+    if entry.reads_general_rows:
+        described["general_rows"] = benchmark.general_fingerprint()
+    return described
+
+
+def _first_difference(held: Any, wanted: Any, name: str = "") -> tuple[str, Any, Any]:
+    """The name of the first leaf that differs, with dots between the levels, and both values."""
+    if isinstance(held, Mapping) and isinstance(wanted, Mapping):
+        for key in [*wanted, *(key for key in held if key not in wanted)]:
+            if held.get(key) != wanted.get(key):
+                return _first_difference(held.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    return name, held, wanted
+
+
 def run_sequence(
     entry: Entry,
     seed: int,
@@ -165,19 +198,10 @@ class _Run:
         return self._result()
 
     def _claim_folder(self) -> None:
-        path = self.folder / METHOD_FILE
-        wanted = self.entry.describe()
-        if self.entry.reads_general_rows:
-            wanted["general_rows"] = self.benchmark.general_fingerprint()
-        if path.is_file() and (held := read_json(path)) != wanted:
-            differing = [key for key in wanted if held.get(key) != wanted[key]]
-            raise ResumeRefused(
-                f"{path} was made with {differing[0]} {held.get(differing[0])!r}, not {wanted[differing[0]]!r}; "
-                "use the same options or another --out"
-            )
+        check_same_method(self.folder, self.entry, self.benchmark)
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+        write_json(self.folder / METHOD_FILE, _described(self.entry, self.benchmark))
 
     def _round_of(self, stage: int) -> int:
         """The round of the matrix that holds the model after `stage` trained tasks."""

@@ -51,6 +51,7 @@ class TraceBenchmark:
         self.folder: Path = decoder_folder(config.backbone)
         self.tokens = open_tokens(self.folder, config.template, self.lengths)
         self._replays = replays
+        self._shortened_tests: dict[str, int] = {}
         self.general = _general(config) if replays else ()
         self.floors = trace_floors(
             self.data, similarity_backend=config.similarity_backend, sari_source=config.sari_source
@@ -94,9 +95,9 @@ class TraceBenchmark:
             loss_on=self.config.loss_on,
             after_task=after_task,
         )
-        for one in self.data.values():
-            for record in one.test:
-                encode_prompt(one.task, record.prompt, self.tokens, self.lengths, record.where)
+        for name, one in self.data.items():
+            asked = [encode_prompt(one.task, each.prompt, self.tokens, self.lengths, each.where) for each in one.test]
+            self._shortened_tests[name] = sum(prompt.n_dropped > 0 for prompt in asked)
         return rows
 
     def token_text(self, token: int) -> str:
@@ -132,8 +133,11 @@ class TraceBenchmark:
         return {name: _prompt_labels(one) for name, one in self.data.items()}
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What each task's files hold."""
-        return {name: one.facts.to_json() for name, one in self.data.items()}
+        """What each task's files hold, and how many test prompts `training_rows` found longer than is asked."""
+        found = {name: one.facts.to_json() for name, one in self.data.items()}
+        for name, count in self._shortened_tests.items():
+            found[name]["test"]["shortened_prompts"] = count
+        return found
 
     def protocol(self) -> dict[str, Any]:
         """How the tasks were made and scored."""
@@ -154,10 +158,13 @@ class TraceBenchmark:
         }
 
     def warnings(self) -> list[str]:
-        """Leaks of the official files; a replay that has no instructions to mix in."""
+        """Leaks of the official files; prompts asked in part; a replay that has no instructions to mix in."""
         found = []
         if self._replays and not self.general and self.config.general_examples is None:
             found.append("no Lima/train.json: what is replayed are rows of earlier tasks alone, without instructions")
+        if shortened := {name: count for name, count in self._shortened_tests.items() if count}:
+            listed = ", ".join(f"{name} {count} of {len(self.data[name].test)}" for name, count in shortened.items())
+            found.append(f"test prompts longer than --max-prompt {self.config.max_prompt} were shortened: {listed}")
         leaking = {name: one.facts.test_in_train for name, one in self.data.items() if one.facts.test_in_train}
         if self.config.mode == "official" and leaking:
             listed = ", ".join(f"{name} {count}" for name, count in leaking.items())

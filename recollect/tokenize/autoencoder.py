@@ -283,8 +283,8 @@ class AutoencoderTokenizer(ItemTokenizer):
             )
             if n_used < HEALTHY_USE * len(seen):
                 report.warnings.append(
-                    f"level {level} of {self.name} uses {n_used} of its {len(seen)} codes, below the {HEALTHY_USE:.0%} "
-                    f"of a healthy codebook; {self.remedy}"
+                    f"level {level + 1} of {self.name} uses {n_used} of its {len(seen)} codes, below the "
+                    f"{HEALTHY_USE:.0%} of a healthy codebook; {self.remedy}"
                 )
         return report
 

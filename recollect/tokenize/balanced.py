@@ -155,7 +155,7 @@ class BalancedRQKMeans(ResidualTokenizer):
             self.check_weighted()
         super().fit(embeddings, **arguments)
         self.report.warnings += [
-            f"level {level}: filling had not settled after {self.config.rounds} rounds; the best round was kept"
+            f"level {level + 1}: filling had not settled after {self.config.rounds} rounds; the best round was kept"
             for level, found in enumerate(self.report.levels)
             if not found["is_stable"]
         ]
@@ -168,7 +168,7 @@ class BalancedRQKMeans(ResidualTokenizer):
 
     def fit_level(self, level: int, residuals: RowSource, weight: np.ndarray | None, progress: Progress) -> FittedLevel:
         """See `ResidualTokenizer.fit_level`."""
-        progress.stage(f"balanced k-means, level {level}", self.config.rounds)
+        progress.stage(f"balanced k-means, level {level + 1}", self.config.rounds)
         points = points_of(residuals, self.config.block_rows)
         n_codes = self.level_sizes()[level]
         seed = call_seed(self.config.seed, self.name, level)

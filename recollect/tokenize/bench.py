@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, check_same_run, run_manifest
+from recollect.config import build, check_replaceable, check_same_run, run_manifest
 from recollect.eval.report import table_csv
-from recollect.io import prepare_out, read_json, write_json, write_text
+from recollect.io import check_out, prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.tokenize.bench_generative import generative_units, is_generated, run_generator
@@ -27,12 +27,12 @@ from recollect.tokenize.bench_panels import judging_metric
 from recollect.tokenize.bench_report import make_report
 from recollect.tokenize.bench_units import CODES_FILE, Unit, is_finished, make_units, run_unit
 from recollect.tokenize.downstream_cases import CaseSets, make_cases
-from recollect.tokenize.embeddings import Items, read_vectors
+from recollect.tokenize.embeddings import ABOUT_FILE, Items, read_vectors
 from recollect.tokenize.fit_inputs import check_fit_inputs
 from recollect.tokenize.methods import Entry, make_entries
 from recollect.tokenize.panels import cluster_panels, collision_panels, usage_curve
 from recollect.tokenize.run_config import BenchConfig
-from recollect.tokenize.source import keep_vectors, open_items, open_source, preprocessed
+from recollect.tokenize.source import check_vectors, keep_vectors, open_items, open_source, preprocessed
 from recollect.types import Dataset, Report
 
 
@@ -78,14 +78,22 @@ def tokenize_bench(
     for entry in entries:
         tokenizer = entry.spec.open(entry.options, seed=config.seed)
         check_fit_inputs(tokenizer, config, source.n_items, has_log=source.dataset is not None)
+    check_vectors(source, config, max(max(entry.codebook_sizes) for entry in entries))
     units = make_units(entries, config, source.dataset is not None)
     if config.dry_run:
         return _plan(config, source.n_items, source.dataset is not None, entries, units)
-    out = prepare_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
+    # Whatever can be refused is refused here: until then nothing is written, and nothing replaced.
+    out = check_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
+    identity = {**config.identity(), "data_fingerprint": source.fingerprint}
+    _check_folder(config, identity, units, out)
+    prepare_out(out, resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
-        manifest = _open_run(config, source.fingerprint, entries, units, out)
+        _check_folder(config, identity, units, out)
+        if config.overwrite:
+            (out / ABOUT_FILE).unlink(missing_ok=True)  # so that texts are embedded anew
         items = preprocessed(open_items(source, config, out, progress=progress), config, out)
+        manifest = _open_run(config, identity, entries, out)
         keep_vectors(manifest, items, out)
         cases = _cases(items, config)
         generators = generative_units(units, config, items.dataset is not None)
@@ -145,15 +153,26 @@ def judged(report: Report, items: Items, units: Sequence[Unit], config: BenchCon
     return shown
 
 
-def _open_run(
-    config: BenchConfig, fingerprint: str, entries: Sequence[Entry], units: Sequence[Unit], out: Path
-) -> dict[str, Any]:
-    """Write `run.json`, or check that the run found there is this one; its content.
+def _check_folder(config: BenchConfig, identity: Mapping[str, Any], units: Sequence[Unit], out: Path) -> None:
+    """Refuse a folder whose run or rows are other ones.
 
     Raises:
-        ResumeRefused: the run in `out` is another one; the message names the first difference.
+        InputError: a run of another command would be replaced.
+        ResumeRefused: another run would be continued; the message names the first difference.
     """
-    identity = {**config.identity(), "data_fingerprint": fingerprint}
+    if config.overwrite:
+        check_replaceable(out, "tokenize-bench")
+        return
+    if (out / "run.json").is_file():
+        check_same_run(read_json(out / "run.json"), "tokenize-bench", identity, out)
+    for unit in units:
+        is_finished(unit, out)
+        if config.generative:
+            is_generated(unit, config, out)
+
+
+def _open_run(config: BenchConfig, identity: Mapping[str, Any], entries: Sequence[Entry], out: Path) -> dict[str, Any]:
+    """Clear what is to be replaced and write `run.json`; its content."""
     path = out / "run.json"
     held: dict[str, Any] = {}
     if config.overwrite:
@@ -163,11 +182,7 @@ def _open_run(
             (out / name).unlink(missing_ok=True)
     elif path.is_file():
         held = read_json(path)
-        check_same_run(held, "tokenize-bench", identity, out)
-    for unit in units:
-        is_finished(unit, out)  # refuses a row that was made with other options, before anything is fitted
-        if config.generative:
-            is_generated(unit, config, out)
+    fingerprint = identity["data_fingerprint"]
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
     models = {entry.label: entry.describe() for entry in entries}
     manifest = run_manifest("tokenize-bench", options, fingerprint, models, config.seed)

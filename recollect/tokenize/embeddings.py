@@ -66,7 +66,9 @@ def read_vectors(path: str | Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not an .npy array that can be read without unpickling: {error}") from error
+        raise InputError(
+            f"{path} is not an .npy array of numbers (a whole file, without pickled objects); use numpy.save"
+        ) from error
     if not isinstance(array, np.ndarray) or array.ndim != 2:
         shape = getattr(array, "shape", None)
         raise InputError(f"{path} must hold one array (items, dimensions), found shape {shape}")
@@ -80,7 +82,7 @@ def read_item_ids(path: str | Path, count: int) -> tuple[str, ...]:
         InputError: another number of lines than items, an empty or a doubled id.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as item ids, one a line: {error}") from error
     if len(lines) != count:
@@ -89,6 +91,8 @@ def read_item_ids(path: str | Path, count: int) -> tuple[str, ...]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise InputError(f"{path} line {number} is empty; every item needs an id")
+        if len(line.splitlines()) != 1:
+            raise InputError(f"{path} line {number}: {line!r} holds a separator of lines; ids are one-line texts")
         if line in seen:
             raise InputError(f"{path} has {line!r} in lines {seen[line]} and {number}; ids must differ")
         seen[line] = number
@@ -204,14 +208,10 @@ def items_of_dataset(
     source: dict[str, Any]
     if vectors is not None:
         array, fingerprint = read_vectors(vectors), sha256_file(vectors)
+        names = None if vector_ids is None else read_item_ids(vector_ids, len(array))
+        array = _in_catalogue_order(array, catalogue_rows(dataset, len(array), names, vectors), folder)
         if vector_ids is not None:
-            array = _in_catalogue_order(array, read_item_ids(vector_ids, len(array)), dataset, folder)
             fingerprint = sha256_text(canonical_json([fingerprint, sha256_file(vector_ids)]))
-        elif len(array) != dataset.n_items:
-            raise InputError(
-                f"{vectors} holds {len(array)} vectors where {dataset.name!r} has {dataset.n_items} items; give one "
-                "row per item in the catalogue's order, after the same --core, or name the rows by --item-ids"
-            )
         source = {"vectors": Path(vectors).name}
     else:
         texts = item_texts(dataset.catalog)
@@ -229,18 +229,33 @@ def items_of_dataset(
     )
 
 
-def _in_catalogue_order(array: np.ndarray, ids: Sequence[str], dataset: Dataset, folder: Path) -> np.ndarray:
-    """Rows of `array` named by `ids` as the catalogue lists them; written to `folder` where the order differs.
+def catalogue_rows(dataset: Dataset, count: int, names: Sequence[str] | None, file: str | Path) -> np.ndarray:
+    """(n_items,) int64, the row of each item among `count` vectors of `file`, which `names` may name.
 
     Raises:
-        InputError: an item of the catalogue has no row.  StorageRefused: the disk refused.
+        InputError: an item of the catalogue has no row; without names, another number of rows than items.
     """
-    row_of = {name: row for row, name in enumerate(ids)}
+    if names is None:
+        if count != dataset.n_items:
+            raise InputError(
+                f"{file} holds {count} vectors where {dataset.name!r} has {dataset.n_items} items; give one row per "
+                "item in the catalogue's order, after the same --core, or name the rows by --item-ids"
+            )
+        return np.arange(count)
+    row_of = {name: row for row, name in enumerate(names)}
     wanted = [str(name) for name in dataset.catalog.item_ids]
     missing = [name for name in wanted if name not in row_of]
     if missing:
         raise InputError(f"item {missing[0]!r} has no vector ({len(missing)} of {len(wanted)} items have none)")
-    rows = np.fromiter((row_of[name] for name in wanted), dtype=np.int64, count=len(wanted))
+    return np.fromiter((row_of[name] for name in wanted), dtype=np.int64, count=len(wanted))
+
+
+def _in_catalogue_order(array: np.ndarray, rows: np.ndarray, folder: Path) -> np.ndarray:
+    """Rows of `array` in the catalogue's order; written to `folder` where that differs from the array's.
+
+    Raises:
+        StorageRefused: the disk refused.
+    """
     if len(rows) == len(array) and (rows == np.arange(len(rows))).all():
         return array
     with _new_vectors(folder, array.dtype, (len(rows), array.shape[1])) as whole:

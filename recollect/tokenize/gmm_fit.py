@@ -147,7 +147,7 @@ def fit_mixture(
     rows = CentredRows(source, moments.centre, weight, config, device)
     centre = moments.centre.double()
     again = f", restart {restart}" if restart else ""
-    progress.stage(f"level {level}: mixture of {k}{again}", config.max_iterations)
+    progress.stage(f"level {level + 1}: mixture of {k}{again}", config.max_iterations)
     if saved is not None:
         state = EMState.restore(saved, device)
         progress.advance(state.iteration + state.passes)
@@ -317,7 +317,7 @@ class _EM:
             found.add(scores, features, rows, None if weight is None else weight.to(dtype))
         if not math.isfinite(found.log_likelihood):
             raise TrainingDiverged(
-                f"level {self.level}: the log-likelihood is {found.log_likelihood!r}; use precision auto and a "
+                f"level {self.level + 1}: the log-likelihood is {found.log_likelihood!r}; use precision auto and a "
                 "variance_floor above 0"
             )
         return found

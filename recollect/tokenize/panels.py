@@ -107,6 +107,7 @@ def _map(
     centre = (means * count[:, None]).sum(axis=0) / count.sum()
     spread = (means - centre) * np.sqrt(count)[:, None]
     _, values, directions = np.linalg.svd(spread, full_matrices=False)
+    directions = np.pad(directions, ((0, max(0, 2 - len(directions))), (0, 0)))  # one cluster or one dimension: a line
     directions = directions[:2] * np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(axis=1)])[:, None]
     rows = np.arange(len(items))
     if len(rows) > MAP_POINTS:

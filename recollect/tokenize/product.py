@@ -98,7 +98,8 @@ class PQ(ItemTokenizer):
             self.report.levels.append(clusters.report())
             if not clusters.has_converged:
                 self.report.warnings.append(
-                    f"level {level}: k-means had not converged after {config.iterations} iterations; raise iterations"
+                    f"level {level + 1}: k-means had not converged after {config.iterations} iterations; "
+                    "raise iterations"
                 )
             progress.advance()
         self._take(codebooks, mean, int(embeddings.shape[1]))

@@ -9,7 +9,7 @@ codes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -219,30 +219,39 @@ def fit_rows(
     return rows, chosen
 
 
-def check_embeddings(embeddings: np.ndarray, codes: int, *, block: int = 65536) -> None:
+def check_embeddings(
+    embeddings: np.ndarray, codes: int, *, names: Sequence[str] | None = None, block: int = 65536
+) -> None:
     """Refuse embeddings no codebook can be fitted on; reads memory-mapped arrays block by block.
 
     Args:
         embeddings: the rows to fit on, (N, D).
         codes: the largest codebook K asked for.
+        names: item ids for messages; default their rows.
         block: rows read at a time.
 
     Raises:
-        InputError: not a (N, D) float array with D >= 1; N < K; a NaN or infinite value (its row is named); every row
-            the same.
+        InputError: not a (N, D) float array with D >= 1; N < K; a value that is NaN, infinite or beyond float32 (its
+            item is named); every row the same.
     """
     if embeddings.ndim != 2 or embeddings.shape[1] < 1 or not np.issubdtype(embeddings.dtype, np.floating):
         raise InputError(f"embeddings must be a float array (N, D), got {embeddings.dtype} {embeddings.shape}")
     n = len(embeddings)
     if n < codes:
         raise InputError(f"{n} items cannot fill a codebook of {codes} codes; use --codebook-size {n} or fewer")
-    constant = True
+    constant, first = True, None
     for start in range(0, n, block):
-        rows = np.asarray(embeddings[start : start + block])
+        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused below
+            rows = np.asarray(embeddings[start : start + block], dtype=np.float32)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
             wrong = start + int(np.flatnonzero(~finite)[0])
-            raise InputError(f"embedding of item {wrong} holds NaN or infinity; re-embed that item or leave it out")
-        constant = constant and bool((rows == embeddings[0]).all())
+            item = wrong if names is None else f"{names[wrong]!r} (row {wrong})"
+            raise InputError(
+                f"embedding of item {item} holds NaN, infinity or a value beyond float32; re-embed that item or leave "
+                "it out"
+            )
+        first = rows[0] if start == 0 else first
+        constant = constant and bool((rows == first).all())
     if constant and n > 1:
         raise InputError("every item has the same embedding; check the text the embedder was given")

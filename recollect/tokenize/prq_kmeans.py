@@ -93,7 +93,7 @@ class PRQKMeans(ResidualTokenizer):
         """See `ResidualTokenizer.fit_level`."""
         config = self.config
         n_codes = self.level_sizes()[level]
-        progress.stage(f"soft updates, level {level}", config.iterations)
+        progress.stage(f"soft updates, level {level + 1}", config.iterations)
         seed = call_seed(config.seed, self.name, level)
         first = first_means(points_of(residuals, config.block_rows), n_codes, "k-means++", seed, weight)
         means = torch.tensor(first, dtype=torch.float64, device=self.device)

@@ -51,7 +51,7 @@ class RandomCodes(ResidualTokenizer):
 
     def fit_level(self, level: int, residuals: RowSource, weight: np.ndarray | None, progress: Progress) -> FittedLevel:
         """See `ResidualTokenizer.fit_level`."""
-        progress.stage(f"random codes, level {level}")
+        progress.stage(f"random codes, level {level + 1}")
         size = self.level_sizes()[level]
         sums = torch.zeros(size, residuals.dimension, dtype=torch.float64)
         masses = torch.zeros(size, dtype=torch.float64)

@@ -171,7 +171,7 @@ class ResidualTokenizer(ItemTokenizer):
         self.codebook_sizes = tuple(len(fitted.means) for fitted in levels)
         self.report.levels = [fitted.report for fitted in levels]
         self.report.warnings += [
-            f"level {level}: {fitted.report['dead_codes']} of {sizes[level]} codes are the code of no fitted item"
+            f"level {level + 1}: {fitted.report['dead_codes']} of {sizes[level]} codes are the code of no fitted item"
             for level, fitted in enumerate(levels)
             if fitted.report["dead_codes"]
         ]

@@ -35,7 +35,7 @@ class _KMeansChain(ResidualTokenizer):
         """See `ItemTokenizer.fit`; warns of levels that had not converged."""
         super().fit(embeddings, **arguments)
         self.report.warnings += [
-            f"level {level}: k-means had not converged after {self.config.iterations} iterations; raise iterations"
+            f"level {level + 1}: k-means had not converged after {self.config.iterations} iterations; raise iterations"
             for level, found in enumerate(self.report.levels)
             if not found["has_converged"]
         ]
@@ -43,7 +43,7 @@ class _KMeansChain(ResidualTokenizer):
 
     def fit_level(self, level: int, residuals: RowSource, weight: np.ndarray | None, progress: Progress) -> FittedLevel:
         """See `ResidualTokenizer.fit_level`."""
-        progress.stage(f"k-means, level {level}")
+        progress.stage(f"k-means, level {level + 1}")
         n_codes = self.level_sizes()[level]
         points = self._prepared(points_of(residuals, self.config.block_rows))
         clusters = fit_kmeans(points, n_codes, self.config, names=(self.name, level), weight=weight)

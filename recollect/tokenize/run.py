@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, check_same_run, options_of, run_manifest
+from recollect.config import build, check_replaceable, check_same_run, options_of, run_manifest
 from recollect.errors import ConfigError, ResumeRefused
-from recollect.io import prepare_out, read_json, sha256_file, write_json
+from recollect.io import check_out, prepare_out, read_json, sha256_file, write_json
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.tokenize.artefact import MANIFEST, TokenizedItems
 from recollect.tokenize.checkpoint import array_sha256
 from recollect.tokenize.collisions import CollisionConfig, Resolution, check_strategy, resolve_collisions
-from recollect.tokenize.embeddings import Items
+from recollect.tokenize.embeddings import ABOUT_FILE, Items
 from recollect.tokenize.fit_inputs import check_fit_inputs, fit_inputs
 from recollect.tokenize.measure import semantic_ids
 from recollect.tokenize.methods import Entry, assignments, make_entries, method_spec
@@ -31,7 +31,7 @@ from recollect.tokenize.peak_memory import PeakMemory
 from recollect.tokenize.protocol import ItemTokenizer
 from recollect.tokenize.run_config import TokenizeConfig
 from recollect.tokenize.run_report import make_report
-from recollect.tokenize.source import Source, keep_vectors, open_items, open_source
+from recollect.tokenize.source import Source, check_vectors, keep_vectors, open_items, open_source
 from recollect.types import Dataset, Report
 
 _INPUT_STEPS = ("preprocess", "pca_dimension", "whiten")
@@ -74,11 +74,18 @@ def tokenize(
     check_combination(entry, config, collisions, source)
     if config.dry_run:
         return _plan(config, entry, source.n_items)
-    out = prepare_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
+    # Whatever can be refused is refused here: until then nothing is written, and nothing replaced.
+    out = check_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
+    identity = _identity(config, entry, collisions, source.fingerprint)
+    _check_folder(config, identity, out)
+    prepare_out(out, resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
-        manifest = _open_run(config, entry, collisions, source.fingerprint, out)
+        _check_folder(config, identity, out)
+        if config.overwrite:
+            (out / ABOUT_FILE).unlink(missing_ok=True)  # so that texts are embedded anew
         items = open_items(source, config, out, progress=progress)
+        manifest = _open_run(config, entry, identity, out)
         finished = _finished(items, out)
         keep_vectors(manifest, items, out)
         made, notes = finished or _made(config, entry, collisions, items, out, progress)
@@ -139,16 +146,11 @@ def check_combination(entry: Entry, config: TokenizeConfig, collisions: Collisio
     if config.collisions == "hash_last" and not has_log:
         raise ConfigError("--collisions hash_last takes domain and categories of a catalogue; an .npy file has none")
     check_strategy(config.collisions, tokenizer, entry.codebook_sizes, collisions)
+    check_vectors(source, config, max(entry.codebook_sizes))
 
 
-def _open_run(
-    config: TokenizeConfig, entry: Entry, collisions: CollisionConfig, fingerprint: str, out: Path
-) -> dict[str, Any]:
-    """Write `run.json`, or check that the run found there is this one; its content.
-
-    Raises:
-        ResumeRefused: the run in `out` is another one; the message names the first difference.
-    """
+def _identity(config: TokenizeConfig, entry: Entry, collisions: CollisionConfig, fingerprint: str) -> dict[str, Any]:
+    """What a run continues with only where it is equal."""
     identity = {
         **config.identity(),
         **entry.describe(),
@@ -157,15 +159,33 @@ def _open_run(
     }
     if config.collaborative is not None:
         identity["collaborative_sha256"] = sha256_file(config.collaborative)
+    return identity
+
+
+def _check_folder(config: TokenizeConfig, identity: Mapping[str, Any], out: Path) -> None:
+    """Refuse a folder whose run is another one.
+
+    Raises:
+        InputError: a run of another command would be replaced.
+        ResumeRefused: another run would be continued; the message names the first difference.
+    """
+    if config.overwrite:
+        check_replaceable(out, "tokenize")
+    elif (out / "run.json").is_file():
+        check_same_run(read_json(out / "run.json"), "tokenize", identity, out)
+
+
+def _open_run(config: TokenizeConfig, entry: Entry, identity: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Clear what is to be replaced and write `run.json`; its content."""
     path = out / "run.json"
     held: dict[str, Any] = {}
     if config.overwrite:
-        for name in (MANIFEST, "made.json", "report.json", "report.html", "embeddings.json"):
+        for name in (MANIFEST, "made.json", "report.json", "report.html"):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "fit", ignore_errors=True)
     elif path.is_file():
         held = read_json(path)
-        check_same_run(held, "tokenize", identity, out)
+    fingerprint = identity["data_fingerprint"]
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
     manifest = run_manifest("tokenize", options, fingerprint, {"tokenizer": entry.describe()}, config.seed)
     manifest["identity"] = identity

@@ -13,12 +13,19 @@ import numpy as np
 
 from recollect.data import fingerprint as data_fingerprint
 from recollect.data import k_core, leave_one_out, load_dataset
-from recollect.errors import ConfigError, ResumeRefused
+from recollect.errors import ConfigError, InputError, ResumeRefused
 from recollect.io import canonical_json, sha256_file, sha256_text, write_json
 from recollect.progress import Progress
-from recollect.tokenize.embeddings import Items, items_of_dataset, items_of_file, read_vectors
+from recollect.tokenize.embeddings import (
+    Items,
+    catalogue_rows,
+    items_of_dataset,
+    items_of_file,
+    read_item_ids,
+    read_vectors,
+)
 from recollect.tokenize.fit_inputs import fit_mask, fit_weight
-from recollect.tokenize.protocol import fit_rows
+from recollect.tokenize.protocol import check_embeddings, fit_rows
 from recollect.tokenize.run_config import BenchConfig, ItemOptions, TokenizeConfig
 from recollect.tokenize.tables import written_table
 from recollect.types import Dataset, Split
@@ -84,6 +91,32 @@ def open_items(
         vector_ids=config.item_ids,
         progress=progress,
     )
+
+
+def check_vectors(source: Source, config: TokenizeConfig | BenchConfig, codes: int) -> None:
+    """Refuse items that no codebook of `codes` codes can be fitted on, before anything is embedded or written.
+
+    Of texts only their number is known yet; vectors that are given are read.
+
+    Raises:
+        InputError: fewer items than codes; bad vectors or ids; the message names the file.
+    """
+    if source.n_items < codes:
+        raise InputError(
+            f"{source.n_items} items cannot fill a codebook of {codes} codes; use --codebook-size {source.n_items} or "
+            "fewer"
+        )
+    file = source.file or config.vectors
+    if file is None:
+        return
+    vectors = read_vectors(file)
+    names = None if config.item_ids is None else read_item_ids(config.item_ids, len(vectors))
+    if source.dataset is not None:
+        catalogue_rows(source.dataset, len(vectors), names, file)
+    try:
+        check_embeddings(vectors, 1, names=names)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 def keep_vectors(manifest: dict[str, Any], items: Items, out: Path) -> None:

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_stream
+from support.run_folders import contents
+from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_rows, write_stream
 
 import recollect
 from recollect.cli.main import main
@@ -146,6 +147,57 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path, monkeypatch, cap
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
     assert not list(tmp_path.glob("runs/*/methods"))
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_what_is_refused_leaves_a_finished_run_as_it_is(world, finished, tmp_path, capsys, how):
+    before = contents(finished)
+    bad = ("--method", "seq-lora,mh-moe", "--set", "mh-moe.heads=7", "--out", finished, how)
+    assert main(words(world, "--untouched", "--ability", *bad)) == 2
+    assert "width 32, which 7 heads do not divide" in capsys.readouterr().err
+    assert contents(finished) == before
+    other = tmp_path / "tokens"
+    other.mkdir()
+    (other / "run.json").write_text('{"command": "tokenize"}')
+    assert main(words(world, "--out", other, how)) == 2
+    assert "holds a run of 'tokenize'" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["run.json"]
+
+
+def test_resume_names_the_option_of_a_method_that_differs_before_it_writes(world, finished, capsys):
+    before = contents(finished)
+    more = ("--method", "ewc,mh-moe", "--set", "mh-moe.rank=3", "--untouched", "--ability")
+    assert main(words(world, *more, "--out", finished, "--resume")) == 2
+    assert "was made with adapter.rank 8, not 3" in capsys.readouterr().err
+    assert contents(finished) == before
+
+
+def test_a_dry_run_refuses_what_the_run_would(world, capsys):
+    assert main(words(world, "--method", "mh-moe", "--set", "mh-moe.heads=7", "--dry-run")) == 2
+    assert "7 heads do not divide" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_no_folder_and_a_folder_that_cannot_be_says_so(world, tmp_path, capsys):
+    assert main(words(world, "--method", "mh-moe", "--set", "mh-moe.heads=7", "--out", tmp_path / "run")) == 2
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").write_text("")
+    assert main(words(world, "--out", tmp_path / "file" / "run")) == 2
+    assert "cannot be made: Not a directory; choose another folder" in capsys.readouterr().err
+
+
+def test_test_prompts_that_are_asked_in_part_are_counted_and_warned_of(world, tmp_path):
+    write_stream(tmp_path / "trace")
+    rows = json.loads((tmp_path / "trace" / "FOMC" / "test.json").read_text())
+    for row in rows[:2]:
+        row["prompt"] = row["prompt"].replace("q2-", "and then " * 40 + "q2-")
+    write_rows(tmp_path / "trace" / "FOMC" / "test.json", rows)
+    command = words(world, "--out", tmp_path / "run")
+    command[1] = str(tmp_path / "trace")
+    assert main(command) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    shortened = {name: facts["test"]["shortened_prompts"] for name, facts in report["task_facts"].items()}
+    assert shortened == {name: 2 * (name == "FOMC") for name in TASKS}
+    assert "test prompts longer than --max-prompt 200 were shortened: FOMC 2 of 5" in report["warnings"]
 
 
 def test_the_package_can_be_called_and_every_task_is_the_default():

@@ -218,6 +218,7 @@ def test_variants_of_one_method_are_rows_of_one_table_under_their_own_names(worl
 def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["tokenize-bench", str(world / "shop"), "--core", "0", "--methods", "random,vq", "--seeds", "3"]
+    words += ["--codebook-size", "60"]
     assert main([*words, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["kind"], plan["ledger"]["rows_to_run"], plan["ledger"]["items"]) == ("tokenize-bench-plan", 12, 60)

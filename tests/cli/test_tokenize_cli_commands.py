@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.run_folders import contents
 from support.token_worlds import HOSTILE, themed_log, themed_vectors, write_shop
 
 import recollect as package
@@ -260,7 +261,7 @@ def whole_numbers(folder):
     [
         (constant, "every item has the same embedding"),
         (not_finite, "embedding of item 11 holds NaN"),
-        (pickled, "without unpickling"),
+        (pickled, "without pickled objects"),
         (whole_numbers, "must be a float array"),
     ],
 )
@@ -285,7 +286,7 @@ def test_unusable_vectors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, ca
         (("--collisions", "hash_last", *SMALL), "hash_last takes domain and categories"),
         (("--hold-out-cold",), "need a log; an .npy file has none"),
         (("--whiten",), "need the step pca"),
-        (("--item-ids", "absent.txt"), "absent.txt cannot be read as item ids"),
+        (("--item-ids", "absent.txt", *SMALL), "absent.txt cannot be read as item ids"),
         (("--method", "letter", *SMALL, "--set", "diversity_clusters=2"), "letter needs behaviour vectors"),
         (("--collaborative", "vectors.npy", *SMALL), "does not use behaviour vectors"),
         (("--resume",), "--resume needs --out DIR"),
@@ -319,3 +320,52 @@ def test_help_lists_the_methods_without_loading_torch():
     assert done.returncode == 0, done.stderr
     for name in ("rq-gmm", "rq-kmeans", "prq-kmeans", "rq-vae", "letter", "vq", "pq", "opq", "fsq", "random"):
         assert done.stdout.count(f"\n  {name} ") == 2, name
+
+
+@pytest.mark.parametrize("command", ["tokenize", "tokenize-bench"])
+def test_what_is_refused_leaves_the_folder_as_it_is(tmp_path, capsys, command):
+    good, bad, out = tmp_path / "good.npy", tmp_path / "bad.npy", tmp_path / "run"
+    vectors = themed_vectors(30)
+    np.save(good, vectors)
+    vectors[11, 2] = np.nan
+    np.save(bad, vectors)
+    ids = tmp_path / "ids.txt"
+    ids.write_text("".join(f"n{row + 1}\n" for row in range(30)))
+    method = ["--method", "rq-kmeans"] if command == "tokenize" else ["--methods", "random,rq-kmeans", "--seeds", "1"]
+    words = [*method, *SMALL, "--item-ids", str(ids), "--out", str(out)]
+    assert main([command, str(bad), *words]) == 2
+    assert f"{bad}: embedding of item 'n12' (row 11) holds NaN" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([command, str(bad), *words, "--dry-run"]) == 2
+    assert main([command, str(good), *words]) == 0
+    before = contents(out)
+    for again in ([str(bad), *words], [str(good), *words, "--codebook-size", "31"]):
+        assert main([command, *again, "--overwrite"]) == 2
+        assert contents(out) == before
+    other = "tokenize-bench" if command == "tokenize" else "tokenize"
+    (out / "run.json").write_text(json.dumps({"command": other}))
+    assert main([command, str(good), *words, "--overwrite"]) == 2
+    assert f"replaces runs of {command} only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["tokenize", "tokenize-bench"])
+def test_items_on_a_line_are_fitted_and_drawn(tmp_path, command):
+    np.save(tmp_path / "line.npy", np.random.default_rng(0).normal(size=(40, 1)).astype(np.float32))
+    method = ["--method", "rq-kmeans"] if command == "tokenize" else ["--methods", "random,rq-kmeans", "--seeds", "1"]
+    assert main([command, str(tmp_path / "line.npy"), *method, *SMALL, "--out", str(tmp_path / "run")]) == 0
+    panels = json.loads((tmp_path / "run" / "report.json").read_text())["panels"]
+    drawn = [panel for panel in panels if panel["kind"] == "map"]
+    assert drawn
+    assert all(set(panel["y"]) == {0.0} and len(set(panel["x"])) > 20 for panel in drawn)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id_and_odd_separators_are_refused(tmp_path, capsys):
+    np.save(tmp_path / "v.npy", themed_vectors(30))
+    names = [f"n{row}" for row in range(30)]
+    (tmp_path / "ids.txt").write_text("\ufeff" + "\r\n".join(names) + "\r\n", encoding="utf-8", newline="")
+    words = ("--item-ids", tmp_path / "ids.txt", "--method", "rq-kmeans", *SMALL, "--out", tmp_path / "run")
+    assert tokenize(tmp_path / "v.npy", *words) == 0
+    assert set(TokenizedItems.load(tmp_path / "run").ids.item_ids) == set(names)
+    (tmp_path / "ids.txt").write_text("\n".join(["a\u2028b", *names[1:]]) + "\n", encoding="utf-8")
+    assert tokenize(tmp_path / "v.npy", *words, "--overwrite") == 2
+    assert "line 1: 'a\\u2028b' holds a separator of lines" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_a_checkpoint_of_other_embeddings_is_refused(rows, tmp_path):
     ("spoil", "message"),
     [
         (lambda rows: np.where(np.arange(300)[:, None] == 17, np.nan, rows), "item 17 holds NaN"),
-        (lambda rows: np.where(np.arange(300)[:, None] == 4, np.inf, rows), "item 4 holds NaN or infinity"),
+        (lambda rows: np.where(np.arange(300)[:, None] == 4, np.inf, rows), "item 4 holds NaN, infinity"),
         (lambda rows: np.ones_like(rows), "every item has the same embedding"),
         (lambda rows: rows[0], r"must be a float array \(N, D\)"),
         (lambda rows: rows.astype(np.int64), "must be a float array"),

@@ -7,7 +7,7 @@ from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_str
 
 from recollect.continual.adapters.budget import trainable_report
 from recollect.continual.adapters.config import MHMoEConfig, SDLoraMoEConfig, with_rank
-from recollect.continual.budgets import Linears, budget_of, decoder_linears, match_budgets, model_linears
+from recollect.continual.budgets import Linears, budget_of, match_budgets, model_linears, weightless_decoder
 from recollect.continual.entries import make_entries
 from recollect.continual.methods.driving import learn_task
 from recollect.continual.methods.registry import METHODS, method_spec
@@ -134,7 +134,7 @@ def test_a_decoders_folder_and_the_loaded_model_have_the_same_linears(tmp_path):
 
     folder = write_byte_decoder(tmp_path)
     loaded = model_linears(AutoModelForCausalLM.from_pretrained(folder))
-    assert decoder_linears(folder) == loaded
+    assert model_linears(weightless_decoder(folder)) == loaded
     assert loaded["down_proj"] == (48, 32, 2)
 
 

@@ -390,7 +390,7 @@ def test_an_unhealthy_codebook_is_reported():
     rows = np.repeat(unit_embeddings(6, 12), 20, axis=0)
     tokenizer = RQVAE(small_config("rq-vae")).fit(rows)
     assert tokenizer.report.levels[0]["used_codes"] <= 6
-    assert any("level 0 of rq-vae uses" in warning and "80%" in warning for warning in tokenizer.report.warnings)
+    assert any("level 1 of rq-vae uses" in warning and "80%" in warning for warning in tokenizer.report.warnings)
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_dead_codes_are_counted():
 def test_unused_codes_are_warned_of_and_a_new_fit_forgets_the_old_report():
     model = RQGMM(RQGMMConfig(levels=1, codebook_size=8, max_iterations=3))
     model.fit(np.repeat(VALUES[:4], 10, axis=0))
-    assert model.report.warnings == ["level 0: 4 of 8 codes are the code of no fitted item"]
+    assert model.report.warnings == ["level 1: 4 of 8 codes are the code of no fitted item"]
     assert model.fit(VALUES).report.warnings == []
 
 
