@@ -197,14 +197,15 @@ def protocol_of(config: ContinualConfig, benchmark: Benchmark) -> dict[str, Any]
 def ledger_of(results: Mapping[str, Sequence[SequenceResult]]) -> dict[str, Any]:
     """Sequences, rounds, evaluations and the seconds they took."""
     every = [result for runs in results.values() for result in runs]
+    training = sum(one["seconds"] for result in every for one in result.rounds)
+    evaluation = sum(cell.facts["seconds"] for result in every for cell in result.cells.values())
     return {
         "sequences": len(every),
         "rounds": sum(len(result.rounds) for result in every),
         "evaluations": sum(len(result.cells) for result in every),
-        "training_seconds": round(sum(one["seconds"] for result in every for one in result.rounds), 1),
-        "evaluation_seconds": round(
-            sum(cell.facts["seconds"] for result in every for cell in result.cells.values()), 1
-        ),
+        "training_seconds": round(training, 1),
+        "evaluation_seconds": round(evaluation, 1),
+        "seconds": round(training + evaluation, 1),
     }
 
 

@@ -138,6 +138,11 @@ def load_replay_buffer(root: str | Path) -> tuple[TraceRecord, ...]:
     Raises:
         DataError: the file is missing or malformed.
     """
+    if not (Path(root) / "Lima" / "train.json").is_file():
+        raise DataError(
+            f"{Path(root) / 'Lima' / 'train.json'} does not exist, and general instructions are replayed from it; "
+            "leave --general-examples out to replay earlier tasks alone"
+        )
     return read_records(Path(root), "Lima/train.json")
 
 

@@ -283,6 +283,7 @@ def protocol(config: BenchConfig, items: Items, cases: CaseSets | None) -> dict[
         "levels": config.levels,
         "codebook_size": config.codebook_size,
         "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "perplexity": "exp of the entropy of a level's codes, over the number of its codes",
         "collisions": "left as they are, so that all methods are compared on what they emit",
         "intervals": (
             f"Student's 95 % over seeds; AUC, HR and NDCG: {panels.intervals_over(config)}, "

@@ -62,6 +62,7 @@ def make_report(
         baselines={"random": random_floor(tokenizer.codebook_sizes, len(items), config.seed)},
         ledger={
             "items": len(items),
+            "seconds": _rounded((notes["fit_seconds"] or 0.0) + notes["encode_seconds"]),
             "fit_seconds": _rounded(notes["fit_seconds"]),
             "encoded_items_per_second": _rounded(len(items) / max(notes["encode_seconds"], 1e-9)),
             "peak_memory_mb_above_start": _rounded(notes["peak_mb"]),
@@ -145,6 +146,7 @@ def protocol(config: TokenizeConfig, items: Items, made: TokenizedItems, notes: 
         "collisions": notes["collisions"]["strategy"],
         "seed": config.seed,
         "errors": "squared distance to what the codes decode to, over the squared distance to the mean vector",
+        "perplexity": "exp of the entropy of a level's codes, over the number of its codes",
         "behaviour": "successive events of training histories" if items.split is not None else "no log",
     }
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from support.run_folders import contents
 from support.continual_worlds import SMALL, TASKS, write_byte_decoder, write_rows, write_stream
+from support.run_folders import contents
 
 import recollect
 from recollect.cli.main import main
