@@ -30,7 +30,7 @@ from recollect.agents.writers import LlmWriter, StructuredWriter, Writer
 from recollect.backbones.journaled import Journaled, Replay
 from recollect.backbones.protocol import Backbone
 from recollect.backbones.resolve import parse_model_name
-from recollect.config import build, run_manifest, to_dict
+from recollect.config import build, check_replaceable, run_manifest, to_dict
 from recollect.data import fingerprint, load_dataset, text_fingerprint
 from recollect.errors import InputError, ReplayMismatch, TooManyFailures
 from recollect.eval.report import rebuild
@@ -130,6 +130,7 @@ def _run(
 ) -> Report:
     identity = run_identity(config, dataset, backbone, embedder)
     if config.overwrite:
+        check_replaceable(out, "simulate")
         remove_journal(out / JOURNAL_FILE)
         (out / EVENTS_FILE).unlink(missing_ok=True)
     journal = Journal.open(out / JOURNAL_FILE, config=identity, resume=config.resume)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recollect.backbones.resolve import decoder_folder
-from recollect.config import build, check_same_run, run_manifest, to_dict
+from recollect.config import build, check_replaceable, check_same_run, run_manifest, to_dict
 from recollect.data.examples import training_sequences
 from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
@@ -132,6 +132,7 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
         identity["text_fingerprint"] = text_fingerprint(dataset)
     path = out / "run.json"
     if config.overwrite:
+        check_replaceable(out, "distill")
         for name in ("stages", "floors"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("report.json", "report.html", "tables.csv", METRICS_FILE):

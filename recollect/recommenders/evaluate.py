@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recollect.config import build, check_same_run, load_yaml, run_manifest, to_dict
+from recollect.config import build, check_replaceable, check_same_run, load_yaml, run_manifest, to_dict
 from recollect.data import (
     fingerprint,
     global_temporal,
@@ -193,6 +193,7 @@ def open_run(
     identity = {**config.identity(), "split": split.rule}
     path = out / "run.json"
     if config.overwrite:
+        check_replaceable(out, "evaluate")
         for name in ("rows", "vectors"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("report.json", "report.html", "tables.csv"):

@@ -16,7 +16,7 @@ import numpy as np
 from recollect.backbones.journaled import Journaled
 from recollect.backbones.protocol import Backbone, Call
 from recollect.backbones.resolve import open_backbone, parse_model_name
-from recollect.config import build, run_manifest, to_dict
+from recollect.config import build, check_replaceable, run_manifest, to_dict
 from recollect.data import fingerprint, load_dataset, text_fingerprint
 from recollect.errors import InputError
 from recollect.io import prepare_out, write_json
@@ -133,6 +133,7 @@ def _run(
         "template": prompts.version,
     }
     if config.overwrite:
+        check_replaceable(out, "prompt-rank")
         remove_journal(out / JOURNAL_FILE)
     journal = Journal.open(out / JOURNAL_FILE, config=identity, resume=config.resume)
     try:
