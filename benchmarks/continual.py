@@ -9,8 +9,8 @@ test example wherever it was evaluated, which examples have equal prompts, floor
 Sequences are compared only where data, options and model are the same; a method with two sets of options is two.
 
 * compare: OP, BWT and OP_norm of each method with 95 % intervals (test prompts and seeds resampled as in the report of
-  a run), scores of each task when learnt and at the end, every method minus `--against`, and BWT of the first method
-  minus half of that of the second (`--half`): above 0 it forgets less than half as much.
+  a run), scores of each task when learnt and at the end, every method minus each of `--against`, and BWT of the first
+  method minus half of that of the second (`--half`): above 0 it forgets less than half as much.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> None:
     keep_parser = actions.add_parser("keep", help="add the finished sequences of runs")
     keep_parser.add_argument("runs", nargs="+", type=Path, help="run folders, finished or not")
     compare_parser = actions.add_parser("compare", help="tables over what is kept")
-    compare_parser.add_argument("--against", default="seq-lora", help="the method every other one is compared with")
+    compare_parser.add_argument(
+        "--against", nargs="+", default=["seq-lora", "loramoe"], help="the methods every other one is compared with"
+    )
     compare_parser.add_argument("--half", nargs=2, default=["mh-moe", "loramoe"], metavar=("METHOD", "OTHER"))
     compare_parser.add_argument("--out", type=Path, help="also write the rows to this file")
     for one in (keep_parser, compare_parser):
@@ -189,7 +191,7 @@ def halved(run: RunScores) -> RunScores:
     return RunScores(run.tasks, {cell: values / 2 for cell, values in run.cells.items()})
 
 
-def compare(kept: Sequence[Mapping[str, Any]], against: str, half: tuple[str, str], out: Path | None) -> None:
+def compare(kept: Sequence[Mapping[str, Any]], against: Sequence[str], half: tuple[str, str], out: Path | None) -> None:
     """The rows of every group of sequences."""
     with Rows("continual", out) as rows:
         for group in grouped(kept):
@@ -202,7 +204,8 @@ def compare(kept: Sequence[Mapping[str, Any]], against: str, half: tuple[str, st
             rows.note = f"prompts up to {identity['max_prompt']} tokens, learning rate {identity['learning_rate']:g}"
             add_methods(rows, group)
             add_tasks(rows, group)
-            add_differences(rows, group, against)
+            for other in against:
+                add_differences(rows, group, other)
             if all(method in group.runs for method in half):
                 add_half(rows, group, half)
 
