@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from recollect import __version__
 from recollect.errors import ConfigError, InputError, ResumeRefused
+from recollect.io import read_json
 
 if TYPE_CHECKING:
     import yaml
@@ -345,6 +346,18 @@ def run_manifest(
         "versions": versions(),
         "platform": {"system": platform.system(), "machine": platform.machine()},
     }
+
+
+def check_run_folder(out: Path, command: str, identity: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse a folder whose run can be neither continued nor, with `overwrite`, replaced; nothing is written.
+
+    Raises:
+        InputError: see `check_replaceable`.  ResumeRefused: see `check_same_run`.
+    """
+    if overwrite:
+        check_replaceable(out, command)
+    elif (out / "run.json").is_file():
+        check_same_run(read_json(out / "run.json"), command, identity, out)
 
 
 def check_replaceable(out: Path, command: str) -> None:

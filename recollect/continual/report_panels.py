@@ -255,7 +255,7 @@ def data_panel(report: Report) -> dict[str, Any]:
                 test["n"],
                 test["n_distinct_prompts"],
                 test["n_used"],
-                test.get("shortened_prompts"),
+                test["shortened_prompts"],
                 facts["test_in_train"],
                 facts["test_in_eval"],
                 used["epochs"],

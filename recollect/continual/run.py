@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from recollect.config import build, check_replaceable, check_same_run, run_manifest, to_dict
+from recollect.config import build, check_run_folder, run_manifest, to_dict
 from recollect.continual.benchmark import Benchmark, open_benchmark
 from recollect.continual.budgets import (
     BudgetTable,
@@ -86,7 +85,7 @@ def continual(
         return _plan(config, entries, benchmark)
     # Whatever can be refused is refused here: until then nothing is written, and nothing replaced.
     out = check_out(config.out or free_folder(config.data), resume=config.resume, overwrite=config.overwrite)
-    entries, budgets = _fitted(config, entries, benchmark)
+    entries, budgets, _ = _fitted(config, entries, benchmark)
     identity = _identity(config, benchmark)
     _check_folder(config, identity, entries, benchmark, out)
     progress.stage("turning examples into tokens", len(benchmark.names))
@@ -148,12 +147,8 @@ def _check_folder(
         InputError: a run of another command would be replaced.
         ResumeRefused: another run would be continued; the message names the first difference.
     """
-    if config.overwrite:
-        check_replaceable(out, "continual")
-        return
-    if (out / "run.json").is_file():
-        check_same_run(read_json(out / "run.json"), "continual", identity, out)
-    for entry in entries:
+    check_run_folder(out, "continual", identity, overwrite=config.overwrite)
+    for entry in [] if config.overwrite else entries:
         for seed in config.all_seeds:
             check_same_method(sequence_folder(out, entry, seed), entry, benchmark)
 
@@ -201,24 +196,20 @@ def _sampled_hash(file: Path) -> str:
 
 def _fitted(
     config: ContinualConfig, entries: list[Entry], benchmark: Benchmark
-) -> tuple[list[Entry], BudgetTable | None]:
-    """The entries with their final ranks; adapters that do not fit the model are refused, without its weights."""
+) -> tuple[list[Entry], BudgetTable | None, Mapping[str, Linears]]:
+    """The entries with their final ranks, and the model's linears; what does not fit is refused, without weights."""
     from recollect.continual.adapters.attach import attached, detach
 
-    model = _weightless(config, benchmark)
-    budgets = None
+    model = weightless_decoder(benchmark.folder, config.keep_layers if config.benchmark == "domains" else None)
+    linears, budgets = model_linears(model), None
     if config.match_budget:
-        budgets = match_budgets(entries, model_linears(model), len(benchmark.names), config.budget)
+        budgets = match_budgets(entries, linears, len(benchmark.names), config.budget)
         entries = [row.entry for row in budgets.rows]
     for entry in entries:
         entry.spec.open(entry.options, entry.adapter).prepare(model)
         if attached(model) is not None:
             detach(model)
-    return entries, budgets
-
-
-def _weightless(config: ContinualConfig, benchmark: Benchmark) -> nn.Module:
-    return weightless_decoder(benchmark.folder, config.keep_layers if config.benchmark == "domains" else None)
+    return entries, budgets, linears
 
 
 def _results(
@@ -277,8 +268,7 @@ def _old_examples(config: ContinualConfig, benchmark: Benchmark, rows: list[Task
 def _plan(config: ContinualConfig, entries: list[Entry], benchmark: Benchmark) -> Report:
     """What a run would do: rows, tokens, optimiser steps, evaluations, answers, and the disk it would take."""
     rows = benchmark.training_rows(lambda: None)
-    entries, budgets = _fitted(config, entries, benchmark)
-    linears = model_linears(_weightless(config, benchmark))
+    entries, budgets, linears = _fitted(config, entries, benchmark)
     sizes = benchmark.sizes().values()
     tests = [n_tests for _, _, n_tests in sizes]
     per_step = config.batch_size * config.accumulation

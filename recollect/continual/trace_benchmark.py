@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,6 @@ class TraceBenchmark:
         self.folder: Path = decoder_folder(config.backbone)
         self.tokens = open_tokens(self.folder, config.template, self.lengths)
         self._replays = replays
-        self._shortened_tests: dict[str, int] = {}
         self.general = _general(config) if replays else ()
         self.floors = trace_floors(
             self.data, similarity_backend=config.similarity_backend, sari_source=config.sari_source
@@ -95,10 +95,21 @@ class TraceBenchmark:
             loss_on=self.config.loss_on,
             after_task=after_task,
         )
+        _ = self.shortened_tests
+        return rows
+
+    @cached_property
+    def shortened_tests(self) -> dict[str, int]:
+        """{task: test prompts that are longer than is asked}.
+
+        Raises:
+            DataError: a prompt cannot be shortened enough; the message names file and row.
+        """
+        found = {}
         for name, one in self.data.items():
             asked = [encode_prompt(one.task, each.prompt, self.tokens, self.lengths, each.where) for each in one.test]
-            self._shortened_tests[name] = sum(prompt.n_dropped > 0 for prompt in asked)
-        return rows
+            found[name] = sum(prompt.n_dropped > 0 for prompt in asked)
+        return found
 
     def token_text(self, token: int) -> str:
         """Of the model's tokenizer."""
@@ -133,9 +144,9 @@ class TraceBenchmark:
         return {name: _prompt_labels(one) for name, one in self.data.items()}
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """What each task's files hold, and how many test prompts `training_rows` found longer than is asked."""
+        """What each task's files hold, and how many test prompts are longer than is asked."""
         found = {name: one.facts.to_json() for name, one in self.data.items()}
-        for name, count in self._shortened_tests.items():
+        for name, count in self.shortened_tests.items():
             found[name]["test"]["shortened_prompts"] = count
         return found
 
@@ -162,7 +173,7 @@ class TraceBenchmark:
         found = []
         if self._replays and not self.general and self.config.general_examples is None:
             found.append("no Lima/train.json: what is replayed are rows of earlier tasks alone, without instructions")
-        if shortened := {name: count for name, count in self._shortened_tests.items() if count}:
+        if shortened := {name: count for name, count in self.shortened_tests.items() if count}:
             listed = ", ".join(f"{name} {count} of {len(self.data[name].test)}" for name, count in shortened.items())
             found.append(f"test prompts longer than --max-prompt {self.config.max_prompt} were shortened: {listed}")
         leaking = {name: one.facts.test_in_train for name, one in self.data.items() if one.facts.test_in_train}

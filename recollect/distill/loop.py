@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recollect.backbones.resolve import decoder_folder
-from recollect.config import build, check_replaceable, check_same_run, run_manifest, to_dict
+from recollect.config import build, check_run_folder, run_manifest, to_dict
 from recollect.data.examples import training_sequences
 from recollect.data.fingerprints import text_fingerprint
 from recollect.distill.config import DistillConfig
@@ -29,7 +29,7 @@ from recollect.distill.stages import Stages
 from recollect.distill.workers import train_side_by_side
 from recollect.distill.workshop import Workshop
 from recollect.errors import InputError
-from recollect.io import prepare_out, read_json, write_json, write_text
+from recollect.io import prepare_out, write_json, write_text
 from recollect.journal.lock import WriterLock
 from recollect.progress import Progress, SilentProgress
 from recollect.recommenders.llm_module import require_layers
@@ -131,14 +131,12 @@ def _open_run(config: DistillConfig, dataset: Dataset, split: Split, out: Path) 
     if config.reads_text:
         identity["text_fingerprint"] = text_fingerprint(dataset)
     path = out / "run.json"
+    check_run_folder(out, "distill", identity, overwrite=config.overwrite)
     if config.overwrite:
-        check_replaceable(out, "distill")
         for name in ("stages", "floors"):
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("report.json", "report.html", "tables.csv", METRICS_FILE):
             (out / name).unlink(missing_ok=True)
-    elif path.is_file():
-        check_same_run(read_json(path), "distill", identity, out)
     models = {"student": config.student, "teacher": config.teacher}
     manifest = run_manifest("distill", to_dict(config), dataset.meta["fingerprint"], models, config.seed)
     manifest |= {"identity": identity, "text_fingerprint": text_fingerprint(dataset)}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, check_replaceable, check_same_run, run_manifest
+from recollect.config import build, check_run_folder, run_manifest
 from recollect.eval.report import table_csv
 from recollect.io import check_out, prepare_out, read_json, write_json, write_text
 from recollect.journal.lock import WriterLock
@@ -160,12 +160,8 @@ def _check_folder(config: BenchConfig, identity: Mapping[str, Any], units: Seque
         InputError: a run of another command would be replaced.
         ResumeRefused: another run would be continued; the message names the first difference.
     """
-    if config.overwrite:
-        check_replaceable(out, "tokenize-bench")
-        return
-    if (out / "run.json").is_file():
-        check_same_run(read_json(out / "run.json"), "tokenize-bench", identity, out)
-    for unit in units:
+    check_run_folder(out, "tokenize-bench", identity, overwrite=config.overwrite)
+    for unit in [] if config.overwrite else units:
         is_finished(unit, out)
         if config.generative:
             is_generated(unit, config, out)

@@ -18,6 +18,7 @@ import numpy as np
 
 from recollect.errors import InputError
 from recollect.progress import Progress, SilentProgress
+from recollect.tokenize.rows import finite_block
 
 
 @dataclass(frozen=True)
@@ -241,16 +242,10 @@ def check_embeddings(
         raise InputError(f"{n} items cannot fill a codebook of {codes} codes; use --codebook-size {n} or fewer")
     constant, first = True, None
     for start in range(0, n, block):
-        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused below
-            rows = np.asarray(embeddings[start : start + block], dtype=np.float32)
-        finite = np.isfinite(rows).all(axis=1)
-        if not finite.all():
-            wrong = start + int(np.flatnonzero(~finite)[0])
-            item = wrong if names is None else f"{names[wrong]!r} (row {wrong})"
-            raise InputError(
-                f"embedding of item {item} holds NaN, infinity or a value beyond float32; re-embed that item or leave "
-                "it out"
-            )
+        rows = finite_block(
+            embeddings[start : start + block],
+            lambda row: start + row if names is None else f"{names[start + row]!r} (row {start + row})",  # noqa: B023
+        )
         first = rows[0] if start == 0 else first
         constant = constant and bool((rows == first).all())
     if constant and n > 1:

@@ -59,19 +59,32 @@ class ArrayRows:
             InputError: a value is NaN or infinite, or does not fit float32; the message names the item.
         """
         chosen = slice(start, stop) if self._rows is None else self._rows[start:stop]
-        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused below
-            block = np.array(self._embeddings[chosen], dtype=np.float32, order="C")
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
-            position = start + int(np.flatnonzero(~finite)[0])
-            item = position if self._rows is None else int(self._rows[position])
-            raise InputError(
-                f"embedding of item {item} holds NaN, infinity or a value beyond float32; "
-                "re-embed that item or leave it out"
-            )
+        block = finite_block(
+            self._embeddings[chosen], lambda row: start + row if self._rows is None else int(self._rows[start + row])
+        )
         if self._preprocess is not None:
             block = np.ascontiguousarray(self._preprocess(block), dtype=np.float32)
         return torch.from_numpy(block)
+
+
+def finite_block(values: np.ndarray, item: Callable[[int], object]) -> np.ndarray:
+    """A float32 copy (B, D) of rows.
+
+    Args:
+        item: row of `values` -> what messages call it.
+
+    Raises:
+        InputError: a value is NaN or infinite, or does not fit float32.
+    """
+    with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused below
+        block = np.array(values, dtype=np.float32, order="C")
+    finite = np.isfinite(block).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"embedding of item {item(int(np.flatnonzero(~finite)[0]))} holds NaN, infinity or a value beyond float32; "
+            "re-embed that item or leave it out"
+        )
+    return block
 
 
 class TensorRows:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recollect.config import build, check_replaceable, check_same_run, options_of, run_manifest
+from recollect.config import build, check_run_folder, options_of, run_manifest
 from recollect.errors import ConfigError, ResumeRefused
 from recollect.io import check_out, prepare_out, read_json, sha256_file, write_json
 from recollect.journal.lock import WriterLock
@@ -77,11 +77,11 @@ def tokenize(
     # Whatever can be refused is refused here: until then nothing is written, and nothing replaced.
     out = check_out(config.out or free_folder(source.name), resume=config.resume, overwrite=config.overwrite)
     identity = _identity(config, entry, collisions, source.fingerprint)
-    _check_folder(config, identity, out)
+    check_run_folder(out, "tokenize", identity, overwrite=config.overwrite)
     prepare_out(out, resume=config.resume, overwrite=config.overwrite)
     lock = WriterLock(out / "run.json")
     try:
-        _check_folder(config, identity, out)
+        check_run_folder(out, "tokenize", identity, overwrite=config.overwrite)
         if config.overwrite:
             (out / ABOUT_FILE).unlink(missing_ok=True)  # so that texts are embedded anew
         items = open_items(source, config, out, progress=progress)
@@ -160,19 +160,6 @@ def _identity(config: TokenizeConfig, entry: Entry, collisions: CollisionConfig,
     if config.collaborative is not None:
         identity["collaborative_sha256"] = sha256_file(config.collaborative)
     return identity
-
-
-def _check_folder(config: TokenizeConfig, identity: Mapping[str, Any], out: Path) -> None:
-    """Refuse a folder whose run is another one.
-
-    Raises:
-        InputError: a run of another command would be replaced.
-        ResumeRefused: another run would be continued; the message names the first difference.
-    """
-    if config.overwrite:
-        check_replaceable(out, "tokenize")
-    elif (out / "run.json").is_file():
-        check_same_run(read_json(out / "run.json"), "tokenize", identity, out)
 
 
 def _open_run(config: TokenizeConfig, entry: Entry, identity: Mapping[str, Any], out: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How many compositions of token factors one route collects: N_eff = 1 / Σ_c P(c | route)².
 
 Source: name and role from arXiv 2602.12587, its formula at second hand; the unbiased estimate and the least number of
-tokens are ours.  A diagnostic, never a guarantee: for any
-set S of compositions p(S) ≤ √(|S| / N_eff) holds, but that does not bound how much an old task's loss rises.
+tokens are ours.  A diagnostic, never a guarantee: for any set S of compositions p(S) ≤ √(|S| / N_eff) holds, but that
+does not bound how much an old task's loss rises.
 """
 
 from __future__ import annotations
